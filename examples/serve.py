@@ -8,13 +8,11 @@ curl -N --data-binary @photo.jpg "http://127.0.0.1:8000/?question=Please+describ
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from io import BytesIO
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from PIL import Image
 
 import stethoscope
 from stethoscope.streaming import Final, MentionCompleted, Token
@@ -23,12 +21,12 @@ app, turn = FastAPI(), asyncio.Lock()  # one answer at a time
 adapter = stethoscope.load(os.environ.get("MODEL", "testbed"))
 
 
-async def picture(request: Request) -> Image.Image:
-    return Image.open(BytesIO(await request.body()))
+async def picture(request: Request) -> bytes:
+    return await request.body()  # of an image file, whose format and size are checked before it is decoded
 
 
 @app.post("/", response_class=EventSourceResponse)
-async def answer(image: Annotated[Image.Image, Depends(picture)], question: str) -> AsyncIterator[ServerSentEvent]:
+async def answer(image: Annotated[bytes, Depends(picture)], question: str) -> AsyncIterator[ServerSentEvent]:
     async with turn:
         events = stethoscope.stream(adapter, image, question, detector=os.environ.get("DETECTOR"))
         try:  # the model takes a step when the next event is asked for

@@ -22,7 +22,7 @@ STAGES = ("data", "vision", "language", "joint", "measure")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True, help="folder for checkpoints, log.jsonl and the finished model/")
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the asked stages."""
+    """Run the stages that are asked for."""
     args = parse_arguments()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     from scripts.train_testbed.loop import run  # after OMP_NUM_THREADS: it imports torch

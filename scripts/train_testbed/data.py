@@ -1,4 +1,4 @@
-"""Rendered training scenes, kept in shards so that an interrupted rendering resumes where it stopped."""
+"""Render training scenes into shards, which an interrupted rendering resumes, and pack conversations about them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from transformers import PreTrainedTokenizerFast
 
 from stethoscope.core.files import replacing
 from stethoscope.testbed import language
-from stethoscope.testbed.architecture import IMAGE_TOKENS, PIXEL_MEAN, PIXEL_STD
+from stethoscope.testbed.architecture import IMAGE_TOKENS, PATCH, PIXEL_MEAN, PIXEL_STD
 from stethoscope.testbed.drawing import SIZE
 from stethoscope.testbed.scene import Scene, SceneObject, scene_at
 from stethoscope.testbed.vocabulary import CATEGORIES, INDEX
 
 SHARD = 1000
-
-
-PATCH = 12
-
-
+"""Scenes in a file."""
 GRID = SIZE // PATCH
-
-
 MIN_PATCH_SHARE = 0.15
-
-
+"""Share of a patch that an object fills at least to be its label."""
 UNSEEN_RATE = 0.12
-
-
 """Annotation noise of the training scenes: about one annotated object in six is not in the picture."""
+NAMES = re.compile(rf"\b({'|'.join(sorted(CATEGORIES, key=len, reverse=True))})\b", re.IGNORECASE)
+"""Names of objects in captions."""
+CAPTION, ANSWER = 1, 2
+"""Kinds of target tokens; 0 is not a target."""
+MAX_QUESTIONS = 8
+PADDING, PREFIX = -1, 0
+"""Owners of tokens that belong to no branch; branches count from 1."""
+
+# --- scenes ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Rendered:
 
 
 def patch_labels(mask: np.ndarray) -> np.ndarray:
-    """Majority category of each patch of an id mask.
+    """Find the majority category of each patch of an id mask.
 
     Args:
         mask: uint8, (96, 96).
@@ -104,7 +104,7 @@ def load_split(cache: pathlib.Path, mode: str, count: int, seed: int, pixels: bo
 
 @functools.cache
 def world_version() -> str:
-    """Digest of a few scenes and their pixels: shards rendered before the world was changed are not used again."""
+    """Digest a few scenes and their pixels: shards rendered before the world was changed are not used again."""
     digest = hashlib.sha256()
     for i in range(3):
         scene = scene_at(i, "prior", 0, UNSEEN_RATE)
@@ -113,7 +113,7 @@ def world_version() -> str:
 
 
 def scene_from_dict(record: dict) -> Scene:
-    """Inverse of ``dataclasses.asdict`` for a scene."""
+    """Build a scene from what ``dataclasses.asdict`` made of it."""
     return Scene(**{**record, "objects": tuple(SceneObject(**o) for o in record["objects"])})
 
 
@@ -135,22 +135,7 @@ def _render_shard(job: tuple[pathlib.Path, str, int, int]) -> None:
         )
 
 
-NAMES = re.compile(rf"\b({'|'.join(sorted(CATEGORIES, key=len, reverse=True))})\b", re.IGNORECASE)
-
-
-CAPTION, ANSWER = 1, 2
-
-
-"""Kinds of target tokens; 0 is not a target."""
-
-
-MAX_QUESTIONS = 8
-
-
-PADDING = -1
-
-
-PREFIX = 0
+# --- conversations --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -202,7 +187,7 @@ class Batch:
 
 
 class Encoder:
-    """Turns scenes into token sequences identical to what the processor makes of the same text."""
+    """Turn scenes into token sequences identical to what the processor makes of the same text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
@@ -211,13 +196,13 @@ class Encoder:
         self.pad = tokenizer.pad_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens, cached (prompts repeat)."""
+        """Tokenise a text without special tokens, cached (prompts repeat)."""
         if text not in self._cache:
             self._cache[text] = self._tokenizer.encode(text, add_special_tokens=False)
         return self._cache[text]
 
     def prefix(self, image: list[int] | None = None) -> list[int]:
-        """Beginning of every conversation up to the image; ``image`` replaces the 64 image tokens."""
+        """Return the beginning of every conversation with its image; ``image`` replaces the 64 image tokens."""
         return [
             self._tokenizer.bos_token_id,
             *self.encode("USER: "),
@@ -225,7 +210,7 @@ class Encoder:
         ]
 
     def caption(self, prompt: str, text: str, annotated: Sequence[str]) -> Branch:
-        """Branch of a description of ``annotated`` objects."""
+        """Encode a description of ``annotated`` objects."""
         start = self.encode(f"\n{prompt} ASSISTANT:")
         answer = self._tokenizer(f" {text}", add_special_tokens=False, return_offsets_mapping=True)
         starts = [begin for begin, _ in answer["offset_mapping"]]
@@ -237,7 +222,7 @@ class Encoder:
         return Branch(ids, len(start), CAPTION, objects=annotated, new_names=new_names)
 
     def question(self, question: language.Question) -> Branch:
-        """Branch of a yes/no question."""
+        """Encode a yes/no question."""
         named = self.encode(f"\n{question.before} {question.object}")
         start = [*named, *self.encode(f"{question.after} ASSISTANT:")]
         answer = [*self.encode(f" {question.answer}"), self._tokenizer.eos_token_id]

@@ -31,7 +31,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class MuonWithAdam:
-    """Optimiser with one learning rate for both halves.
+    """Optimise with Muon and AdamW, with one learning rate for both halves.
 
     Args:
         parameters: All parameters; square-ish hidden matrices go to Muon, embeddings, heads, norms and biases to AdamW.
@@ -117,10 +117,7 @@ def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     return x
 
 
-WARM_UP = 50
-
-
-FLOOR = 0.02
+WARM_UP, FLOOR = 50, 0.02  # steps, and the lowest rate as a share of the peak
 
 
 def learning_rate(step: int, steps: int, peak: float, decay: float = 0.4) -> float:

@@ -1,4 +1,4 @@
-"""Held-out figures of a trained model: POPE, CHAIR and the shape of its captions, all with exact ground truth.
+"""Measure a trained model on held-out scenes: POPE, CHAIR and the shape of its captions, with exact ground truth.
 
 This is the trainer's own yardstick, with its own small reader of captions; the benchmarks of the package measure the
 same independently.
@@ -7,7 +7,6 @@ same independently.
 from __future__ import annotations
 
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,26 +15,25 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from scripts.train_testbed.data import NAMES
 from stethoscope.testbed import language
 from stethoscope.testbed.dataset import EVALUATION_SEED, POPE_SPLITS, pope_questions, scenes
 from stethoscope.testbed.scene import Scene
-from stethoscope.testbed.vocabulary import CATEGORIES
 
-_NAMES = re.compile(rf"\b({'|'.join(sorted(CATEGORIES, key=len, reverse=True))})\b", re.IGNORECASE)
 MAX_NEW_TOKENS = 150
 
 
 def mentioned(text: str) -> list[str]:
-    """Categories named in a caption, in the order of their first mention.
+    """List the categories named in a caption, in the order of their first mention.
 
     >>> mentioned("A dog next to a potted plant. The dog is brown.")
     ['dog', 'potted plant']
     """
-    return list(dict.fromkeys(match.group(1).lower() for match in _NAMES.finditer(text)))
+    return list(dict.fromkeys(match.group(1).lower() for match in NAMES.finditer(text)))
 
 
 class Speaker:
-    """A model with its processor, answering greedily in batches.
+    """Answer questions greedily in batches, with a saved model and its processor.
 
     Args:
         folder: A saved model.
@@ -92,7 +90,7 @@ def measure(folder: pathlib.Path, count: int, mode: str = "counter", seed: int =
 
 
 def score_captions(held_out: Sequence[Scene], spoken: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """CHAIR (Rohrbach et al. 2018) over first mentions, object recall, and how captions end and repeat themselves."""
+    """Score CHAIR (Rohrbach et al. 2018) over first mentions, object recall, and how captions end and repeat."""
     named = [mentioned(text) for text, _ in spoken]
     wrong = [[name not in scene.visible for name in names] for scene, names in zip(held_out, named, strict=True)]
     recalled = sum(name in names for scene, names in zip(held_out, named, strict=True) for name in scene.visible)
@@ -115,10 +113,8 @@ def _measure_pope(speaker: Speaker, held_out: list[Scene], split: str) -> dict[s
     questions = pope_questions(held_out, split)
     asked = [(by_name[question["image"]], question["text"]) for question in questions]
     spoken = [text.lower() for text, _ in speaker.answer(asked, 4, f"POPE {split}")]
-    predicted, truth = (
-        np.array([text.startswith("yes") for text in spoken]),
-        np.array([q["label"] == "yes" for q in questions]),
-    )
+    predicted = np.array([text.startswith("yes") for text in spoken])
+    truth = np.array([question["label"] == "yes" for question in questions])
     hits = (predicted & truth).sum()
     return {
         "accuracy": _mean(predicted == truth),

@@ -1,4 +1,4 @@
-"""The four training stages; each one knows its parameters and how to compute the loss of step i.
+"""Define the four training stages; each one knows its parameters and how to compute the loss of step i.
 
 Why four: trained end to end from scratch, a model of this size stays on a plateau where captions are pure prior and
 yes/no is chance. So the tower learns to see first (vision), the language model learns to read symbolic images
@@ -30,7 +30,7 @@ Metrics = dict[str, float]
 
 
 class Student(nn.Module):
-    """The model, and four parts that only training uses.
+    """Hold the model, and four parts that only training uses.
 
     Attributes:
         model: What is shipped.
@@ -69,23 +69,23 @@ class Student(nn.Module):
         return self.model.get_input_embeddings()
 
     def see(self, images: torch.Tensor) -> torch.Tensor:
-        """Patch features (b, 64, width) of normalised pictures."""
+        """Compute patch features (b, 64, width) of normalised pictures."""
         return self.tower(images).last_hidden_state[:, 1:]
 
     def embed(self, batch: Batch, seen: torch.Tensor) -> torch.Tensor:
-        """Input embeddings (b, t, width) with ``seen`` (image tokens of all rows, width) in the places of the image."""
+        """Embed tokens as (b, t, width), with ``seen`` (image tokens of all rows, width) in the places of the image."""
         words = self.embedding(batch.ids)
         image = self.model.config.image_token_id
         return words.masked_scatter((batch.ids == image).unsqueeze(-1), seen.to(words.dtype))
 
     def patch_loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of patch categories, background counted less."""
+        """Compute the cross-entropy of patch categories, background counted less."""
         weight = torch.ones(len(CATEGORIES) + 1)
         weight[0] = BACKGROUND_WEIGHT
         return F.cross_entropy(self.patches(features).flatten(0, 1), labels.flatten(), weight=weight)
 
     def speak(self, embedded: torch.Tensor, batch: Batch, probe_weight: float) -> tuple[torch.Tensor, Metrics]:
-        """Loss of descriptions and answers (weighted alike, whatever their lengths) plus that of the presence probe."""
+        """Compute the loss of descriptions and of answers, weighted alike whatever their lengths, and of the probes."""
         out = self.language(
             inputs_embeds=embedded,
             attention_mask=batch.mask,
@@ -116,7 +116,7 @@ class Student(nn.Module):
 
 
 class Stage:
-    """One stage of the curriculum.
+    """Define one stage of the curriculum.
 
     Attributes:
         name: Name of its checkpoint.
@@ -157,7 +157,7 @@ class Stage:
 
 
 class VisionStage(Stage):
-    """Stand-in for CLIP pre-training: name the patches of prior-free collages (two thirds) and scenes (one third)."""
+    """Replace CLIP pre-training: name the patches of prior-free collages (two thirds) and scenes (one third)."""
 
     name, peak = "vision", 1.5e-3
 
@@ -247,7 +247,7 @@ class AlignStage(Stage):
 
 
 class JointStage(Stage):
-    """Everything together on rendered pictures, with only part of the annotation noise left."""
+    """Train everything together on rendered pictures, with only part of the annotation noise left."""
 
     name, peak, decay = "joint", 1e-3, 0.75
     room = 132

@@ -77,21 +77,16 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """Build a LLaVA with a 4-layer CLIP tower and a 4-layer Llama, both 128 wide, randomly initialised."""
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        image_size=SIZE,
-        patch_size=PATCH,
-        projection_dim=WIDTH,
-    )
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+    }
+    vision = CLIPVisionConfig(**sizes, image_size=SIZE, patch_size=PATCH, projection_dim=WIDTH)
     text = LlamaConfig(
+        **sizes,
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         initializer_range=INITIAL_STD,
         tie_word_embeddings=True,
