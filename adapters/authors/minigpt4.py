@@ -90,7 +90,7 @@ class MiniGpt4Adapter(HfAdapter):
         model_id: str | None = None,
         **settings: Any,
     ) -> None:
-        if version not in PROMPTS:
+        if str(version) not in PROMPTS:
             raise ConfigError(unknown("version of MiniGPT-4", str(version), PROMPTS))
         if model_id is not None:
             raise ConfigError(f"model_id={model_id}: MiniGPT-4 has four sources; set llm, vision, qformer, projector")
@@ -105,6 +105,13 @@ class MiniGpt4Adapter(HfAdapter):
                     raise ConfigError(f"model.{key} is missing; give a folder or a hub id (owner/name)")
         self.version, self.report = version, LoadReport(0, (), ())
         self.sources = {"llm": llm, "vision": vision, "qformer": qformer, "projector": projector}
+        for key, value in self.sources.items():
+            if not isinstance(value, (str, type(None))):
+                raise ConfigError(f"model.{key}={value!r} should be a path or a hub id (owner/name)")
+        counts = {"vision_layers": vision_layers, "vision_heads": vision_heads, "qformer_heads": qformer_heads}
+        for key, count in counts.items():
+            if type(count) is not int or count < 1:
+                raise ConfigError(f"model.{key}={count!r} should be a number, at least 1")
         self.vision_layers, self.vision_heads, self.qformer_heads = vision_layers, vision_heads, qformer_heads
         settings["name"] = settings.get("name") or f"minigpt4-{version}"
         super().__init__(llm, prompt=prompt or PROMPTS[version], **settings)

@@ -400,6 +400,9 @@ def test_a_language_model_that_is_no_llama(parts, version, tmp_path):
         ({"llm": "/no/such/folder"}, ("/no/such/folder",)),
         ({"version": "vicuna1"}, ("vicuna1", "llama2")),
         ({"prompt": "{question}"}, ("<ImageHere>",)),
+        ({"projector": 5}, ("model.projector=5", "path")),
+        ({"vision_heads": 0}, ("model.vision_heads=0", "at least 1")),
+        ({"vision_layers": "all"}, ("model.vision_layers='all'",)),
     ],
 )
 def test_settings(parts, version, settings, words):
