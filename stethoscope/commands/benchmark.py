@@ -1,4 +1,4 @@
-"""``stethoscope benchmark``: POPE, CHAIR, token features and the hallucination detector, in one run directory."""
+"""Implement ``stethoscope benchmark``: POPE, CHAIR, token features and a detector, in one run directory."""
 
 from __future__ import annotations
 

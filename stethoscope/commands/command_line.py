@@ -22,10 +22,9 @@ TEXTS = {"question", "answer", "suffix", "prompt", "system", "follow_up", "descr
 """Settings of free text, by the last part of their key: used exactly as typed."""
 PATHS = {
     "answers", "beside", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
-    "images", "history",
-    "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project", "projector",
-    "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "space", "spacy", "split", "tower",
-    "tower_revision", "push", "uri", "extraction", "warn", "base_url", "api_key_env", "engine.model", "repope",
+    "images", "history", "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project",
+    "projector", "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "space", "spacy", "split",
+    "tower", "tower_revision", "push", "uri", "extraction", "warn", "base_url", "api_key_env", "engine.model", "repope",
     "mitigation.detector", "mitigation.drop.detector", "mitigation.promise.detector", "mitigation.ask.detector",
     "mitigation.backtrack.detector", "mitigation.rerank.detector",
     "id", "label", "object", "letters", "positive", "negative", "variant",

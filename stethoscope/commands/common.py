@@ -153,7 +153,7 @@ def build_generation(config: Mapping[str, Any], plugins: Sequence[str]) -> Gener
     from stethoscope.mitigation.base import Mitigation
 
     generation, node = build(config["generation"], Generation, "generation", plugins), config.get("mitigation")
-    if node is None or node.get("_target_") is None:
+    if node is None or (isinstance(node, Mapping) and node.get(TARGET) is None):
         return generation
     return replace(generation, mitigation=build(node, Mitigation, "mitigation", plugins))
 
@@ -337,9 +337,12 @@ def fractions(config: DictConfig) -> tuple[float, float, float]:
     Raises:
         ConfigError: they leave no images for one of the three.
     """
-    train, calibration = float(config.split.train), float(config.split.calibration)
-    test = round(1 - train - calibration, 9)
-    if min(train, calibration, test) <= 0:
+    try:
+        train, calibration = float(config.split.train), float(config.split.calibration)
+        test = round(1 - train - calibration, 9)
+    except (TypeError, ValueError):
+        train, calibration, test = config.split.train, config.split.calibration, 0.0
+    if not test > 0 or min(train, calibration) <= 0:
         raise ConfigError(
             f"split.train={train} and split.calibration={calibration} should be above 0 and leave images for the test"
         )

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     if settings["out"]:
         try:
             Path(settings["out"]).parent.mkdir(parents=True, exist_ok=True)
-            Path(settings["out"]).write_text(text, encoding="utf-8")
+            Path(settings["out"]).write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise ConfigError(f"out={settings['out']} cannot be written to: {error}") from None
         print(settings["out"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from omegaconf import DictConfig
 from stethoscope.commands.common import build_generation, require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.core.files import read_json
+from stethoscope.core.files import atomic_write, read_json, write_json
 from stethoscope.core.text import console, counted, percent, visible
 
 if TYPE_CHECKING:
@@ -285,11 +284,11 @@ def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
         for old in maps.glob("token-*.png"):  # of an earlier diagnosis
             old.unlink()
         data, page = folder / "diagnosis.json", folder / "report.html"
-        data.write_text(json.dumps(diagnosis.to_dict(), ensure_ascii=False, indent=1, allow_nan=False), "utf-8")
-        page.write_text(diagnosis.to_html(), "utf-8")
+        write_json(data, diagnosis.to_dict())
+        atomic_write(page, diagnosis.to_html())
         written = [data, page]
         for mention in diagnosis.mentions if diagnosis.relevancy is not None else ():
-            name = re.sub(r"[^a-z0-9]+", "-", mention.object.lower()).strip("-")
+            name = re.sub(r"[^a-z0-9]+", "-", mention.object.lower()).strip("-")[:60]
             for token in mention.tokens[:1]:
                 path = maps / f"token-{token:03d}-{name}.png"
                 diagnosis.picture(token).save(path)

@@ -81,10 +81,9 @@ def _packages() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     """Check the optional extras: which are installed, and how to install the others."""
     for extra in importlib.metadata.metadata("lvlm-stethoscope").get_all("Provides-Extra") or ():
-        own = _requirements(extra)
-        lacking = [requirement.name for requirement in own if not _installed(requirement)[1]]
         if extra == "dev":  # for developers of the package
             continue
+        lacking = [requirement.name for requirement in _requirements(extra) if not _installed(requirement)[1]]
         text = f'without {", ".join(lacking)}; pip install "lvlm-stethoscope[{extra}]"' if lacking else "installed"
         yield Finding(f"extra {extra}", "note" if lacking else "ok", text)
 
@@ -157,11 +156,10 @@ def _wandb() -> Iterator[Finding]:
 
 
 def _netrc() -> str:
-    path = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))
-    if not os.path.exists(path):
+    try:
+        return Path(os.environ.get("NETRC", "~/.netrc")).expanduser().read_text("utf-8", errors="replace")
+    except (OSError, RuntimeError):  # there is none, or no home
         return ""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
 
 
 def _memory() -> Iterator[Finding]:

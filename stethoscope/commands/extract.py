@@ -136,7 +136,7 @@ def print_shift(detector: Detector, table: pd.DataFrame) -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
+    """Trace the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.detection.lookup import load_detector, mention_warnings, write_warnings
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.features import FeatureSet
@@ -147,7 +147,7 @@ def run(config: DictConfig) -> None:
     saved = saved_config(folder)
     asked = saved.get("task") or saved.get("chair")  # of a benchmark, the task that has features
     lacking = [key for key in (*SAVED, "model", "generation") if key not in saved]
-    if asked is None or lacking:
+    if not isinstance(asked, dict) or lacking:
         which = f", its config.yaml has no {lacking[0]}" if lacking else ""
         raise ArtefactError(f"{folder} was made neither by `stethoscope evaluate` nor by `benchmark`{which}")
     detector, plugins = load_detector(config.warn or None), config.plugins

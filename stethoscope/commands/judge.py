@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from stethoscope.commands.common import parse
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.core.files import replacing
+from stethoscope.core.files import plain_json, replacing
 from stethoscope.core.line_schemas import check_line
 from stethoscope.core.text import console, one_line
 
@@ -87,12 +87,14 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Check that the output file may be written.
 
     Raises:
-        ConfigError: it is the input file, a folder, or is there and ``overwrite`` is false.
+        ConfigError: it is the input file, a folder or device, or is there and ``overwrite`` is false.
     """
     if not os.path.lexists(target):
         return
-    if target.is_dir():
-        raise ConfigError(f"out={target} is a folder; it should be a file")
+    if target.exists() and not target.is_file():  # a device would be replaced by a file
+        raise ConfigError(
+            f"out={target} is {'a folder' if target.is_dir() else 'no regular file'}; it should be a file"
+        )
     if target.exists() and target.samefile(source):
         raise ConfigError(f"out={target} is the file of captions itself; it should be another one")
     if not overwrite:
@@ -147,7 +149,7 @@ def read_rows(lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
             continue
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            row = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+            row = plain_json(text)
         except UnicodeDecodeError as error:
             raise DataError(f"{name}:{number} is not UTF-8 text: {error.reason} at byte {error.start}") from None
         except (ValueError, RecursionError) as error:
@@ -160,17 +162,6 @@ def read_rows(lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
             raise DataError(f"{name}:{number} has no caption; its keys are: {one_line(keys)[:200]}")
         check_line("captions", row, f"{name}:{number}")
         yield row
-
-
-def _not_finite(word: str) -> Any:
-    raise ValueError(f"{word} is not a JSON value")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):
-        raise ValueError(f"{digits[:20]} is too large for a number")
-    return number
 
 
 class Progress:

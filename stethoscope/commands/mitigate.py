@@ -238,8 +238,7 @@ def fitted_images(folders: Iterable[Path], samples: Sequence[Sample]) -> set[str
         ConfigError: all images were used to fit them.
         ArtefactError: a file of their runs is damaged.
     """
-    from stethoscope.report.run_source import read_warnings
-    from stethoscope.storage.run_dir import RunStore
+    from stethoscope.storage.run_dir import RunStore, read_warnings
 
     seen: set[str] = set()
     for path in folders:

@@ -9,6 +9,7 @@ from pathlib import Path
 from stethoscope.commands.common import parse, picture_loader
 from stethoscope.core.component import import_plugins, package_names
 from stethoscope.core.errors import ConfigError
+from stethoscope.core.files import atomic_write
 from stethoscope.storage.remote_run import is_address, local_run
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
@@ -59,11 +60,11 @@ def main(arguments: Sequence[str]) -> None:
     with readable(source.folder):
         report = collect_report(source, int(settings["cases"]), picture)
         written = {"report.html": report.html(), "report.md": report.markdown(), "report.tex": report.latex()}
-    folder = Path(settings["out"] or runs[0])
+    folder = Path(settings["out"]) if settings["out"] else source.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in written.items():
-            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            atomic_write(folder / name, text)
     except OSError as error:
         raise ConfigError(f"out={folder} cannot be written to: {error}") from None
     if source.no_detector():

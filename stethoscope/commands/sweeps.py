@@ -6,6 +6,7 @@ results are therefore read from files in the sweep's folder: ``jobs/`` (status o
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import secrets
 import sys
@@ -74,7 +75,7 @@ class Sweep:
         given = {key: value for key, _, value in (word.partition("=") for word in fixed.values())}
         named = [word for word in fixed.values() if not word.startswith(("runs=", "name=", "hydra"))]
         keys = [word.partition("=")[0] for word in swept]
-        name = given.get("name") or slug([f"sweep-{command}", *keys, *map(redact_override, named)])[:LONGEST]
+        name = given.get("name") or _folder_name([f"sweep-{command}", *keys, *map(redact_override, named)])
         folder = Path(given.get("hydra.sweep.dir") or Path(given.get("runs") or "runs") / name)
         return cls(
             command, _resolved(folder), tuple(item for item in read.values() if item is not None), secrets.token_hex(4)
@@ -142,7 +143,7 @@ class Sweep:
         """Give a job its run directory and put its loggers' runs into the sweep's group; return the directory."""
         with open_dict(config):
             if "run_dir" in config:
-                config.run_dir = str(self.folder / slug(own)[:LONGEST])
+                config.run_dir = str(self.folder / _folder_name(own))
             if isinstance(config.get("answers"), DictConfig):
                 config.answers.runs = config.answers.runs or str(self.folder)
             chosen = config.get("logger") or {}
@@ -209,6 +210,14 @@ def _loggers_of(config: DictConfig) -> dict[str, dict[str, Any]]:
         for key, node in logger_settings(config).items()
         if not str(node.get(TARGET, "")).endswith(".JsonLogger") and node.get("mode") != "disabled"
     }
+
+
+def _folder_name(overrides: Sequence[str]) -> str:
+    """Return the name of a folder; long ones end with a digest, as many jobs may begin alike."""
+    name = slug(overrides)
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST - 9]}-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:8]}"
 
 
 def _read(word: str) -> str | None:

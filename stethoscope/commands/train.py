@@ -107,7 +107,7 @@ def recalibrate(config: DictConfig, source: Path, folder: Path) -> None:
     """Calibrate the detector ``recalibrate`` for the pictures of this run, with its labels or (``labels=0``) without.
 
     Raises:
-        ConfigError: ``labels`` is negative, or the run lacks a column of the detector.
+        ConfigError: ``labels`` is no number of pictures, or the run lacks a column of the detector.
         ArtefactError: there is no such detector, or the run has no token rows.
     """
     from stethoscope.detection.lookup import load_detector
@@ -119,7 +119,7 @@ def recalibrate(config: DictConfig, source: Path, folder: Path) -> None:
             f"{folder / 'detector'} exists already; run_dir= names another folder for the recalibrated one, "
             "overwrite=true replaces it"
         )
-    if most is not None and most < 0:
+    if most is not None and (type(most) is not int or most < 0):
         raise ConfigError(f"labels={most} should be a number of labelled pictures, 0 for none, or null for all")
     task = config.mentions or _only(store)
     table = store.tokens(task)

@@ -207,7 +207,7 @@ def read_json(path: str | os.PathLike, remedy: str = "", kind: type = dict, defa
         return default
     text = read_text(path, remedy)
     try:
-        value = _plain_json(text)
+        value = plain_json(text)
     except (ValueError, RecursionError) as error:
         raise damaged(path, _reason(error), remedy) from None
     return _of_kind(path, value, kind, remedy)
@@ -221,7 +221,7 @@ def read_jsonl(path: str | os.PathLike, remedy: str = "", default: Any = _REQUIR
     for number, line in enumerate(read_text(path, remedy).split("\n"), 1):
         if line.strip():
             try:
-                row = _plain_json(line)
+                row = plain_json(line)
             except (ValueError, RecursionError) as error:
                 raise damaged(f"{path}:{number}", _reason(error), remedy) from None
             rows.append(_of_kind(f"{path}:{number}", row, dict, remedy))
@@ -294,7 +294,13 @@ def _unreadable(path: Path, error: OSError, remedy: str) -> ArtefactError:
     return ArtefactError(f"{path} cannot be read ({why})" + (f"; {remedy}" if remedy else ""))
 
 
-def _plain_json(text: str) -> Any:
+def plain_json(text: str) -> Any:
+    """Read JSON as it is defined: without NaN, Infinity and numbers that are too large.
+
+    Raises:
+        ValueError: it is none.
+        RecursionError: it is nested too deeply.
+    """
     return json.loads(text, parse_constant=_not_finite, parse_float=_finite)
 
 

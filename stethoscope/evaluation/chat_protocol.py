@@ -135,6 +135,8 @@ def parse_reply(content: bytes) -> Reply:
     thoughts = thoughts if isinstance(thoughts, str) else None
     if text is None and thoughts is not None:
         text = ""
+    if isinstance(text, str):
+        text, thoughts = _whole_characters(text), thoughts and _whole_characters(thoughts)
     if not isinstance(text, str):
         why = message.get("refusal") or f"finish_reason {reason}"
         raise DataError(f"the server's reply has no text: {one_line(why)[:200]}")
@@ -155,13 +157,22 @@ def parse_reply(content: bytes) -> Reply:
     )
 
 
+def _whole_characters(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can hold and a file of answers cannot.
+
+    >>> _whole_characters("a \\ud83d.")
+    'a \ufffd.'
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _entry(entry: Any, key: str) -> Any:
     return entry.get(key) if isinstance(entry, Mapping) else None
 
 
 def _ids(values: Any) -> tuple[int, ...] | None:
-    """Return token ids; None unless there are some and all are whole numbers from 0 on."""
-    if not isinstance(values, list) or not values or any(type(item) is not int or item < 0 for item in values):
+    """Return token ids; None unless there are some and all are whole numbers from 0 to 2^31 - 1."""
+    if not isinstance(values, list) or not values or any(type(item) is not int or item >> 31 for item in values):
         return None
     return tuple(values)
 

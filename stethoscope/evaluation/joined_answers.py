@@ -222,6 +222,3 @@ def shorten(text: str) -> str:
     """Quote a text of a log, at most 80 characters of it."""
     text = " ".join(text.split())
     return repr(text if len(text) <= 80 else text[:77] + "...")
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ that thresholds taken as quantiles of the training fold are the same cuts of sco
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from stethoscope.core.types import required
 from stethoscope.detection.lookup import mention_probabilities
 from stethoscope.detection.risk_control import MAX_BET, RiskGuarantee, choose_limit, log_wealth
 from stethoscope.mitigation.editing import remove_mentions
-from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.run_dir import RunStore, read_warnings
 
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
@@ -261,12 +260,11 @@ def read_judged_texts(run: Path, detector: Detector) -> dict[str, list[JudgedTex
     Raises:
         ArtefactError: the run lacks what is needed.
     """
-    path = run / "warnings.jsonl"
-    if not path.is_file():
+    lines = read_warnings(run)
+    if not lines:
         raise ArtefactError(f"{run} has no warnings.jsonl; `stethoscope train run={run}` writes it with the detector")
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     fold_of: Mapping[str, str] = {line["group"]: line["fold"] for line in lines}
-    tasks = {line["task"] for line in lines}
+    tasks = dict.fromkeys(line["task"] for line in lines)
     store = RunStore(run)
     folds: dict[str, list[JudgedText]] = {"train": [], "calibration": [], "test": []}
     for task in tasks:

@@ -19,15 +19,13 @@ from stethoscope.evaluation.chat_protocol import Reply
 from stethoscope.evaluation.distributed import DistributedState, current_state
 from stethoscope.storage.answer_file import AnswerFile
 from stethoscope.storage.records import load_samples
-from stethoscope.storage.run_fingerprint import constructor_settings
+from stethoscope.storage.run_fingerprint import SAMPLING_ONLY, constructor_settings
 from stethoscope.storage.selection import select_samples
 from stethoscope.tasks.base import Task
 
 Result = TypeVar("Result")
 MAX_FAILURES = 16
 """A session in which this many samples have failed and none has succeeded stops, because no sample is to blame."""
-
-_SAMPLING_ONLY = ("temperature", "top_p", "seed")
 
 
 @dataclass
@@ -243,7 +241,7 @@ def _settings(client: ChatClient, task: Task, served: ServedModel) -> dict[str, 
     """Collect what the answers of a file depend on; images and questions are compared line by line."""
     decoding = dict(vars(client.generation))
     if not client.generation.do_sample:
-        decoding = {name: value for name, value in decoding.items() if name not in _SAMPLING_ONLY}
+        decoding = {name: value for name, value in decoding.items() if name not in SAMPLING_ONLY}
     own = {name: value for name, value in constructor_settings(task).items() if name not in task.locations}
     return {
         "model": served.model,

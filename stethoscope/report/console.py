@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.core.text import console
 from stethoscope.evaluation.given_answers import describe
 from stethoscope.report.metrics_tables import detector_tables, task_table
-from stethoscope.report.run_source import read_warnings
 from stethoscope.report.tables import Table, terminal
+from stethoscope.storage.run_dir import RunStore, read_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from stethoscope.detection.detector_results import DetectorResults
     from stethoscope.evaluation.results import TaskResults
-    from stethoscope.storage.run_dir import RunStore
 
 
 def print_table(table: Table, output: Console | None = None) -> None:
@@ -56,12 +55,12 @@ def print_answer(store: RunStore, task: str) -> None:
     """Print the answer of a test image that has the most confident correct warning, with all its warnings."""
     from rich.text import Text
 
-    warnings = read_warnings(store.run_dir)
+    warnings = [row for row in read_warnings(store.run_dir) if row["task"] == task]
     caught = [row for row in warnings if row["fold"] == "test" and row["warned"] and row["label"] == 1]
     if not caught:
         return
     best = max(caught, key=lambda row: row["probability"])
-    same_answer = [row for row in warnings if row["sample_id"] == best["sample_id"] and row["task"] == task]
+    same_answer = [row for row in warnings if row["sample_id"] == best["sample_id"]]
     record = store.find(task, best["sample_id"])
     if record is not None and record.answer is not None:
         console().print(f"\nan answer of the test images with its warnings ({best['sample_id']}):", markup=False)

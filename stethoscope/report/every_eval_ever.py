@@ -7,7 +7,6 @@ and their intervals, and ``{uuid}_samples.jsonl`` with a line for every sample w
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,16 @@ from stethoscope import __version__
 from stethoscope.core.files import atomic_write
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import REPLICATES, MetricRow
-from stethoscope.report.export import LIBRARY, RunExport, clean, dumps, judge, judged_mentions, reference_texts
+from stethoscope.report.export import (
+    LIBRARY,
+    RunExport,
+    clean,
+    dumps,
+    judge,
+    judged_mentions,
+    path_part,
+    reference_texts,
+)
 from stethoscope.storage.records import Record
 
 SCHEMA_VERSION = "0.3.0"
@@ -39,7 +47,7 @@ def write_every_eval_ever(run: RunExport, folder: Path) -> list[Path]:
     files = []
     for results in run.tasks:
         model, name = run.model(results.task), run.identifier(results.task, "every_eval_ever")
-        parts = ("data", _component(results.task), _component(model.owner), _component(model.name))
+        parts = ("data", *map(path_part, (results.task, model.owner, model.name)))
         inside = "/".join(parts)
         target = folder.joinpath(*parts)
         target.mkdir(parents=True, exist_ok=True)
@@ -266,12 +274,6 @@ def metadata(record: Record, warnings: Sequence[Mapping[str, Any]]) -> dict[str,
 
 def _settings(run: RunExport, task: str) -> dict[str, Any]:
     return clean((run.fingerprint(task).get("task") or {}).get("settings") or {})
-
-
-def _component(name: str) -> str:
-    """Return a name that may be a part of a path in the data store."""
-    plain = re.sub(r"[^\w.+-]+", "_", name).strip(". _") or "unknown"
-    return f"{plain}_" if plain == "data" else plain
 
 
 def _bounds(row: MetricRow) -> tuple[float | str, float | str, str]:

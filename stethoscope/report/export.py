@@ -340,6 +340,16 @@ def clean_text(text: str) -> str:
     return hide_paths(redact_text(text), known_only=True)
 
 
+def path_part(name: str) -> str:
+    """Return a name, such as that of a task in a run's file, that may be one part of a path.
+
+    >>> path_part("pope"), path_part("../../etc/x y")
+    ('pope', 'etc_x_y')
+    """
+    plain = re.sub(r"[^\w.+-]+", "_", name).strip(". _") or "unknown"
+    return f"{plain}_" if plain == "data" else plain  # the data store of Every Eval Ever begins with that folder
+
+
 def dumps(value: Any, indent: int | None = None) -> str:
     """Write plain values as JSON that may leave the machine, see ``clean``; numbers that are not finite become null."""
     value = clean(value)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.core.files import atomic_write
 from stethoscope.core.html import asset, data_uri, document, json_block, render
 from stethoscope.relevancy.heatmaps import OPACITY, RAMP
 from stethoscope.report.export import RunExport, clean
@@ -66,7 +67,7 @@ def write_html(run: RunExport, folder: Path) -> list[Path]:
     code = render("diagnosis/page.js", viewer=asset("diagnosis/parts.js") + asset("report/samples.js"))
     style = asset("diagnosis/viewer.css") + asset("report/samples.css")
     file = folder / "index.html"
-    file.write_text(document(f"{data['run']}: samples", body, style, code), "utf-8", "backslashreplace")
+    atomic_write(file, document(f"{data['run']}: samples", body, style, code))
     return [file]
 
 

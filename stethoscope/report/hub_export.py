@@ -11,7 +11,7 @@ from stethoscope.core.errors import ArtefactError, ConfigError, first_line
 from stethoscope.core.files import atomic_write, replacing
 from stethoscope.core.token_table import feature_names, mention_rows
 from stethoscope.evaluation.results import TaskResults
-from stethoscope.report.export import LIBRARY, RunExport, clean, dumps
+from stethoscope.report.export import LIBRARY, RunExport, clean, dumps, path_part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +53,7 @@ def write_hub_results(run: RunExport, folder: Path) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     for task, listed in entries.items():
         text = yaml.safe_dump(clean(eval_result_entries_to_yaml(listed)), sort_keys=False, allow_unicode=True)
-        files.append(target / f"{task}.yaml")
+        files.append(target / f"{path_part(task)}.yaml")
         atomic_write(files[-1], text)
     return files
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from stethoscope.core.errors import DataError
 from stethoscope.metrics.bootstrap import Interval, Resamples, count_replicates, group_weights, holm
@@ -122,13 +121,18 @@ def compare_methods(
         raise DataError(f"the task does not count {', '.join(lacking)}, which this comparison reads")
     counts = [method.captions.loc[shared].drop(columns="group").fillna(0.0) for method in methods]
     resamples = group_weights(methods[0].captions.loc[shared, "group"].to_numpy())
-    shown = {name: metrics[name] for name in CAPTION_METRICS} | {"mentions": _mentions_of_one, "right": _right_of_one}
+    shown = {name: metrics[name] for name in CAPTION_METRICS} | {
+        "mentions": lambda totals: np.asarray(totals["mentions"] / totals["captions"]),
+        "right": lambda totals: np.asarray((totals["mentions"] - totals["hallucinated"]) / totals["captions"]),
+    }
     own = [table["words"].mean() for table, method in zip(counts, methods, strict=True) if not method.trivial]
     replicates = []
     for table in counts:
         values = count_replicates(shown, table, [""] * len(shared), resamples)
         figures = {name: array for (name, _), array in values.items()}
-        replicates.append({**figures, **_adjusted(table, float(np.mean(own)), resamples)})
+        words, mentions, hallucinated = (table[name].to_numpy(float) for name in ("words", "mentions", "hallucinated"))
+        adjusted = length_adjusted(words, mentions, hallucinated, float(np.mean(own)), resamples)
+        replicates.append({**figures, **adjusted})
     trivial = [
         (figures["chair_i"], figures["recall"])
         for index, (method, figures) in enumerate(zip(methods, replicates, strict=True))
@@ -145,22 +149,6 @@ def compare_methods(
         for method, figures, paired in zip(methods, replicates, differences, strict=True)
     ]
     return MethodComparison(tuple(compared), front_band(trivial))
-
-
-def _adjusted(counts: pd.DataFrame, length: float, resamples: Resamples) -> dict[str, np.ndarray]:
-    """Compute ``length_adjusted`` of a table of counts."""
-    words, mentions, hallucinated = (counts[name].to_numpy(float) for name in ("words", "mentions", "hallucinated"))
-    return length_adjusted(words, mentions, hallucinated, length, resamples)
-
-
-def _mentions_of_one(totals: Totals) -> np.ndarray:
-    """Return mentions for each description."""
-    return np.asarray(totals["mentions"] / totals["captions"])
-
-
-def _right_of_one(totals: Totals) -> np.ndarray:
-    """Return mentions that are not hallucinated for each description."""
-    return np.asarray((totals["mentions"] - totals["hallucinated"]) / totals["captions"])
 
 
 def _differences(

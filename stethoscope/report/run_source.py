@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from stethoscope.core.errors import ArtefactError, unknown
-from stethoscope.core.files import check_shape, read_jsonl, read_yaml
+from stethoscope.core.files import check_shape, read_yaml
 from stethoscope.core.line_schemas import check_content
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.given_answers import NOT_OWN
 from stethoscope.evaluation.results import TaskResults
-from stethoscope.features import FEATURES
+from stethoscope.features.columns import feature_of, keep_columns
 from stethoscope.metrics.bootstrap import Interval, group_weights
 from stethoscope.metrics.ranking import Order, Ranking
-from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
+from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore, read_warnings
 from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 CONFIG_REMEDY = "delete it; the command that made the run writes it again"
-_WARNINGS_REMEDY = "delete it; `stethoscope train` makes it again"
 _KEYS = ["sample_id", "start"]
 _MENTION = ["sample_id", "mention_index"]
 SHUFFLES, REPLICATES = 3, 200
@@ -276,19 +275,6 @@ class RunReader:
         return f"{', '.join(tasks)}: {NOT_OWN}, or they were sampled." if tasks else ""
 
 
-def read_warnings(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's ``warnings.jsonl``; none if no detector was applied to the run.
-
-    Raises:
-        ArtefactError: the file is damaged.
-    """
-    path = folder / "warnings.jsonl"
-    rows = read_jsonl(path, _WARNINGS_REMEDY, default=[])
-    for number, row in enumerate(rows, 1):
-        check_content("warnings", row, f"{path}:{number}", _WARNINGS_REMEDY)
-    return rows
-
-
 def _describe_missing_run(folder: Path) -> str:
     """Explain why a path is no run, and name the runs near it."""
     inside = _run_names(folder)
@@ -326,8 +312,7 @@ def by_feature(columns: Sequence[str]) -> dict[str, list[str]]:
     """
     groups: dict[str, list[str]] = {}
     for column in columns:
-        candidates = [name for name in FEATURES if column == name or column.startswith(f"{name}_")]
-        groups.setdefault(max(candidates, key=len, default=column), []).append(column)
+        groups.setdefault(feature_of(column), []).append(column)
     return groups
 
 
@@ -350,7 +335,6 @@ def importances(source: RunReader, seed: int = 0) -> list[Importance]:
 
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.evidence_prior import EXTERNAL
-    from stethoscope.features.columns import keep_columns
 
     detector = Detector.load(source.folder / "detector")
     missing = set(detector.schema.names) - set(source.table.columns)

@@ -10,10 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, cast
 
-from stethoscope.core.errors import StethoscopeError
+from stethoscope.core.digests import jsonable
+from stethoscope.core.errors import ArtefactError, StethoscopeError
 from stethoscope.core.files import atomic_write, write_json
-from stethoscope.detection.detector_results import DetectorResults
-from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.compare import TaskLoader, detector_table, first_task, require_same, task_table
 from stethoscope.report.console import print_table
@@ -21,8 +20,6 @@ from stethoscope.report.metrics_tables import TITLES, metric_title, primary
 from stethoscope.report.run_report import table_page
 from stethoscope.report.run_source import RunReader
 from stethoscope.report.tables import Cell, PairedDifference, Table, markdown
-from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.run_fingerprint import jsonable
 from stethoscope.storage.sweep_jobs import FINISHED, Job
 
 if TYPE_CHECKING:
@@ -87,8 +84,7 @@ class Comparison:
     @property
     def table(self) -> Table:
         """List every job with its metrics and its final status."""
-        figures = dict.fromkeys(name for result in self.results for name in result.figures)
-        names = [name for name in figures if self._is_shown(name)]
+        names = list(dict.fromkeys(name for result in self.results for name in result.figures if self._is_shown(name)))
         compared = {name for result in self.results for name in result.differences}
         columns, rows = ["job", *self.keys], []
         for name in names:
@@ -117,8 +113,7 @@ class Comparison:
                 groups.setdefault(tuple(result.job.settings.get(key) for key in others), []).append(result)
         if len(others) == len(self.keys) or max(map(len, groups.values()), default=0) < 2:
             return None
-        names = [name for name in dict.fromkeys(name for result in self.results for name in result.figures)]
-        names = [name for name in names if self._is_shown(name)]
+        names = list(dict.fromkeys(name for result in self.results for name in result.figures if self._is_shown(name)))
         rows = []
         for settings, results in groups.items():
             cells = [_mean_and_deviation([item.figures[name].value for item in results if name in item.figures])
@@ -245,8 +240,12 @@ def compare_jobs(jobs: Sequence[Job], load_task: TaskLoader) -> Comparison:
     first: RunReader | None = None
     first_of_seeds: dict[tuple[tuple[str, str], ...], RunReader] = {}
     for job in jobs:
-        source = _read_run(job)
-        result = JobResult(job, _figures(source) if source else {})
+        source, remark = None, ""
+        try:
+            source = _read_run(job)
+        except ArtefactError as error:  # one damaged run must not hide the others
+            remark = str(error)
+        result = JobResult(job, _figures(source) if source else {}, remark=remark)
         results.append(result)
         if source is None or not result.figures:
             continue
@@ -262,14 +261,9 @@ def compare_jobs(jobs: Sequence[Job], load_task: TaskLoader) -> Comparison:
 
 def _read_run(job: Job) -> RunReader | None:
     """Read the run of a job, also one that failed after some of its tasks; None if there is no run."""
-    folder = Path(job.folder)
-    if not job.folder or not (folder / "metrics.json").is_file():
+    if not job.folder or not (Path(job.folder) / "metrics.json").is_file():
         return None
-    store = RunStore(folder)
-    figures = store.metrics()
-    tasks = tuple(TaskResults.from_dict(task, figures[task]) for task in store.fingerprints() if task in figures)
-    detector = DetectorResults.from_dict(figures["detector"]) if figures.get("detector") else None
-    return RunReader(folder, store, tasks, detector)
+    return RunReader.read(Path(job.folder), in_progress=True)
 
 
 def _figures(source: RunReader) -> dict[str, Interval]:
@@ -294,8 +288,9 @@ def _differences(
                     task = first_task(first, result.task, load_task)
                     table = task_table(first, other, task, ("first", "other"))
                     rows = [row for row in table.rows if row[0] == metric_title(task.primary)]
-                    mean = next((row for row in rows if row[1] == "mean"), rows[0])  # over subsets, or the only subset
-                    differences[name] = cast(PairedDifference, mean[-1])  # the last column of the table
+                    over_subsets = [row for row in rows if row[1] == "mean"]
+                    for row in (over_subsets or rows)[:1]:  # none where one of the runs could not measure it
+                        differences[name] = cast(PairedDifference, row[-1])
         if first.detector and other.detector and first.task == other.task:
             titles = {TITLES[metric] for metric in TESTED}
             table = detector_table(first, other, ("first", "other"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -216,6 +216,10 @@ def latex(table: Table) -> str:
         main = rf"\textbf{{{main}}}" if bold and main else main
         return f"{main} {{\\scriptsize {small}}}" if small else main
 
+    def line(cells: Iterable[str]) -> str:
+        text = " & ".join(cells)
+        return ("{}" if text[:1] in ("[", "*") else "") + text + r" \\"  # both belong to \\ and \midrule before them
+
     alignment = "".join("l" if is_text or not index else "r" for index, is_text in enumerate(_text_columns(table)))
     caption = f"{escape_latex(table.title)}. {escape_latex(table.full_note)}".removesuffix(". ") + "."
     lines = [
@@ -225,12 +229,9 @@ def latex(table: Table) -> str:
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{alignment}}}",
         r"\toprule",
-        " & ".join(escape_latex(name) for name in table.columns) + r" \\",
+        line(map(escape_latex, table.columns)),
         r"\midrule",
-        *(
-            " & ".join(write(cell, index in table.bold) for cell in row) + r" \\"
-            for index, row in enumerate(table.rows)
-        ),
+        *(line(write(cell, index in table.bold) for cell in row) for index, row in enumerate(table.rows)),
         r"\bottomrule",
         r"\end{tabular}}",
         r"\end{table}",

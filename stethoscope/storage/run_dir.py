@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from stethoscope.core.component import TARGET, build, import_class
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
-from stethoscope.core.files import atomic_write, check_shape, damaged, read_json, read_yaml, remove_temporaries, unshare
+from stethoscope.core.files import (
+    atomic_write,
+    check_shape,
+    damaged,
+    read_json,
+    read_jsonl,
+    read_yaml,
+    remove_temporaries,
+    unshare,
+)
+from stethoscope.core.line_schemas import check_content
 from stethoscope.core.text import redact, redact_override
 from stethoscope.storage.records import Record, RecordEntry, RecordFiles
 from stethoscope.storage.run_fingerprint import describe, differences, environment
@@ -45,6 +55,7 @@ REMEDIES = {
     "status.json": "delete it and run the command that made the run again: answers are kept",
     "fingerprint.json": "bring it back, or delete the run and make it again",
     "planned.json": "delete it: only how many samples are still to come is not known then",
+    "warnings.jsonl": "delete it; `stethoscope train` makes it again",
 }
 """Advice to the user about a damaged file, by its name."""
 
@@ -131,7 +142,7 @@ class RunStore:
         """
         sections = self._read_json("fingerprint.json")
         for task, section in sections.items():
-            parts = {key: dict for key in ("adapter", "task", "generation") if section.get(key) is not None}
+            parts = {key: dict for key in ("adapter", "task") if section.get(key) is not None}
             check_shape(self.run_dir / "fingerprint.json", section, parts, REMEDIES["fingerprint.json"], task)
         return sections
 
@@ -351,9 +362,9 @@ class RunStore:
 
 def _with_code_of(old: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a fingerprint with the code digests of an earlier one, where that one has them."""
+    codes = {name: section["code"] for name, section in old.items() if isinstance(section, dict) and "code" in section}
     return {
-        name: {**section, "code": old[name]["code"]} if "code" in (old.get(name) or ()) else section
-        for name, section in fingerprint.items()
+        name: {**section, "code": codes[name]} if name in codes else section for name, section in fingerprint.items()
     }
 
 
@@ -367,6 +378,19 @@ def saved_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ArtefactError(f"{folder} is not a run directory: it has no config.yaml; `stethoscope evaluate` makes one")
     return read_yaml(file, "the command that made the run writes it again")
+
+
+def read_warnings(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's ``warnings.jsonl``; none if no detector was applied to the run.
+
+    Raises:
+        ArtefactError: the file is damaged.
+    """
+    path = folder / "warnings.jsonl"
+    rows = read_jsonl(path, REMEDIES[path.name], default=[])
+    for number, row in enumerate(rows, 1):
+        check_content("warnings", row, f"{path}:{number}", REMEDIES[path.name])
+    return rows
 
 
 def saved_task(store: RunStore, name: str, plugins: Sequence[str] = (), offline: bool = False) -> Task:

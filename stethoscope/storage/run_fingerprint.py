@@ -32,7 +32,8 @@ _MODEL_LOCATIONS = (
     "tower",
     *(f"sources.{part}" for part in ("llm", "vision", "qformer", "projector")),
 )
-_SAMPLING_ONLY = ("temperature", "top_p", "seed")
+SAMPLING_ONLY = ("temperature", "top_p", "seed")
+"""Settings of generation that greedy decoding does not read."""
 
 
 def constructor_settings(component: Any) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def answer_fingerprint(
         decoding["mitigation"] = {"name": method.name, "settings": settings, "code": source_digest(type(method))}
     if not generation.do_sample:
         seed = {"seed": generation.seed} if method is not None and method.samples else {}
-        decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY} | seed
+        decoding = {key: value for key, value in decoding.items() if key not in SAMPLING_ONLY} | seed
     applied = adapter.generation_settings(generation)
     identity = {
         "adapter": {**jsonable(adapter.fingerprint()), "code": source_digest(type(adapter))},

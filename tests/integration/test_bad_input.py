@@ -74,6 +74,7 @@ SETTINGS = [
     (["train", "run=nowhere"], "directory"),
     (["extract", "run=nowhere"], "run directory"),
     (["benchmark", "split.train=0.9"], "split.calibration"),
+    (["benchmark", "split.train=most"], "split.calibration"),
     (["train", "runs/x"], "key=value"),
     (["train", "run=.", "seed=abc"], "seed"),
     (["diagnose", "seed=-1"], "seed"),

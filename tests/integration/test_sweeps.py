@@ -15,6 +15,7 @@ from helpers.made_up_runs import made_up_run
 
 from stethoscope import Detector
 from stethoscope.cli import main
+from stethoscope.commands.sweeps import _folder_name
 from stethoscope.core.component import compose
 from stethoscope.core.types import Answer, Score
 from stethoscope.detection import leaderboard
@@ -332,6 +333,13 @@ def test_what_a_killed_job_left_is_taken_over(tmp_path):
         assert copy_answers(tmp_path, target, "chair", fingerprint) == 2
     assert _told(target, "chair") == {"0": answer, "1": answer}
     assert copy_answers(tmp_path, target, "chair", fingerprint) == 0
+
+
+def test_jobs_whose_settings_begin_alike_have_folders_of_their_own():
+    names = {_folder_name([f"model.model_id={'/checkpoints' * 20}/{step}"]) for step in (100, 200)}
+    assert len(names) == 2
+    assert max(map(len, names)) == 120
+    assert _folder_name(["seed=1"]) == "seed-1"
 
 
 @pytest.mark.slow

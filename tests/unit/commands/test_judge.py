@@ -133,6 +133,7 @@ def test_a_broken_line_is_named_and_nothing_is_written(case, tmp_path, capsys):
         (["captions.jsonl", "out=link", "overwrite=true"], "is the file of captions itself"),
         (["captions.jsonl", "out=other"], "exists; choose another file, or add overwrite=true"),
         (["captions.jsonl", "out=folder"], "is a folder"),
+        (["captions.jsonl", "out=/dev/null", "overwrite=true"], "out=/dev/null is no regular file"),
         (["captions.jsonl", "out=other/o"], "cannot be written to"),
         (["captions.jsonl", "out=o", "detector=captions.jsonl"], "text-only detector captions.jsonl"),
         (["captions.jsonl", "out=o", "detector=nowhere"], "nowhere is missing"),

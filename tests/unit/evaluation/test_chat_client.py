@@ -14,6 +14,8 @@ from stethoscope.core.types import Generation
 from stethoscope.evaluation import chat_client
 from stethoscope.evaluation.chat_client import ChatClient, Engine, pause
 from stethoscope.evaluation.chat_protocol import parse_reply, request_settings, retry_after
+from stethoscope.storage.answer_file import AnswerFile
+from stethoscope.storage.logged_answers import read_answers
 
 KEY = "sk-made-up-0123456789"
 GREEDY = Generation(max_new_tokens=16)
@@ -229,6 +231,7 @@ def test_token_ids_and_log_probabilities_are_taken_only_whole():
     assert reply(ids=[5, 2], logprobs=[-0.1]).logprobs is None
     assert reply(ids=[5, 2], logprobs=[-0.1]).token_ids == (5, 2)
     assert reply(ids=[5, "2"]).token_ids is None
+    assert reply(ids=[5, 2**31]).token_ids is None  # which no reader of answers takes
     assert reply(ids=[5], logprobs=[float("nan")]).logprobs is None
     assert reply(ids=[5], logprobs=[1e-9]).logprobs == (0.0,)
     entries = [{"id": 5, "token": "Yes", "logprob": -0.1}, {"id": 2, "token": "", "logprob": -0.2}]  # llama.cpp
@@ -243,6 +246,15 @@ def test_parts_and_reasoning():
     assert (reply.text, reply.reasoning, reply.finish_reason) == ("Yes.", "hm", None)
     cut = {"choices": [{"message": {"content": None, "reasoning": "hm"}, "finish_reason": "length"}]}
     assert parse_reply(json.dumps(cut).encode()).whole == "<think>hm"
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
+    message = {"content": "a \ud83d dog \U0001f415", "reasoning": "\udc15"}
+    reply = parse_reply(json.dumps({"choices": [{"message": message}]}).encode())
+    assert (reply.text, reply.reasoning) == ("a \ufffd dog \U0001f415", "\ufffd")
+    file = AnswerFile(tmp_path / "answers.jsonl")
+    file.append({"id": "1", "answer": reply.whole})
+    assert read_answers(file.path).answers[0].text == reply.whole  # a half would spoil the whole file
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------

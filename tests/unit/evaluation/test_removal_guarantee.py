@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 
-from stethoscope.core.errors import DataError
-from stethoscope.evaluation.removal_guarantee import JudgedText, certify_removal, counts_after_removal
+from stethoscope.core.errors import ArtefactError, DataError
+from stethoscope.evaluation.removal_guarantee import (
+    JudgedText,
+    certify_removal,
+    counts_after_removal,
+    read_judged_texts,
+)
 from stethoscope.mitigation.answers import Drop
+from stethoscope.storage.records import encode_line
 
 CAPTION = "A cat and a dog are on a couch. There is a cup next to a bowl."
 SPANS = [(2, 5), (12, 15), (25, 30), (43, 46), (57, 61)]
@@ -75,3 +81,18 @@ def test_where_nothing_has_to_go_a_certain_mention_stays_too():
     assert certificate.kept == 1
     assert not Drop().unwanted(certain[0].probabilities, certificate.threshold)
     assert "nothing is removed" in str(certificate)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is damaged"), ("", "has no warnings.jsonl")])
+def test_warnings_of_a_run_that_cannot_be_read(tmp_path, content, message):
+    (tmp_path / "warnings.jsonl").write_text(content)
+    with pytest.raises(ArtefactError, match=message):
+        read_judged_texts(tmp_path, None)
+
+
+def test_warnings_with_a_line_separator_inside_are_read(tmp_path):
+    line = {"task": "chair", "sample_id": "1", "group": "a\u2028b", "object": "dog", "fold": "train", "start": 0}
+    line |= {"end": 3, "label": 0, "probability": 0.5, "evidence": None, "prior": None, "visual_evidence": []}
+    (tmp_path / "warnings.jsonl").write_bytes(encode_line({**line, "warned": False}))
+    with pytest.raises(ArtefactError, match="no samples.jsonl in"):  # the next file that is read
+        read_judged_texts(tmp_path, None)

@@ -4,12 +4,16 @@ from dataclasses import replace
 
 from helpers.tiny_world import TinyAdapter, TinyTask
 
+from stethoscope.core.files import append
+from stethoscope.core.types import Answer
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval, MetricRow
-from stethoscope.report.console import print_results
+from stethoscope.report.console import print_answer, print_results
 from stethoscope.report.metrics_tables import task_table
 from stethoscope.report.tables import markdown, text
+from stethoscope.storage.records import Record, encode_line
+from stethoscope.storage.run_dir import RunStore
 
 
 def test_results_print_as_text_and_markdown(capsys):
@@ -42,3 +46,16 @@ def test_names_of_subsets_are_no_markup(capsys):
     out = capsys.readouterr().out
     assert "[/x]" in out
     assert "[red]a[/red]" in out
+
+
+def test_the_answer_that_is_shown_is_one_of_the_task(tmp_path, capsys):
+    store = RunStore(tmp_path)
+    for task, probability in (("chair", 0.9), ("other", 0.99)):  # of samples of one name
+        answer = Answer("a dog", (1, 2), ((0, 1), (1, 5)), (-0.1, -0.1))
+        store.open_task(task, {"adapter": {}, "task": {}})
+        store.append([Record(task, "1" if task == "chair" else "2", "g", "all", "x.png", "What?", answer=answer)])
+        line = {"task": task, "sample_id": "1" if task == "chair" else "2", "group": "g", "object": "dog", "start": 2}
+        line |= {"end": 5, "fold": "test", "label": 1, "probability": probability, "evidence": None, "prior": None}
+        append(tmp_path / "warnings.jsonl", encode_line({**line, "visual_evidence": [], "warned": True}))
+    print_answer(store, "chair")
+    assert "a dog [90%]" in capsys.readouterr().out

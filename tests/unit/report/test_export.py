@@ -265,6 +265,20 @@ def test_results_for_the_repository_of_a_model(testbed_run, own_run, tmp_path):
     assert (entry.dataset_id, entry.dataset_revision, entry.source_url) == ("lmms-lab/POPE", "v1", None)
 
 
+@pytest.mark.parametrize("target", ["every_eval_ever", "inspect", "hub_results"])
+def test_the_name_of_a_task_leads_nowhere_else(own_run, tmp_path, target):
+    for name in ("fingerprint.json", "metrics.json", "status.json"):
+        sections = read_json(own_run / name)
+        sections["../../../evil"] = sections.pop("pope")
+        (own_run / name).write_text(json.dumps(sections))
+    change_lines(own_run / "samples.jsonl", lambda line, index: line.update(task="../../../evil"))
+    out = tmp_path / "a" / "b" / "out"
+    files = export(run_export(own_run, "../../../evil", dataset="lmms-lab/POPE"), target, out)
+    assert files
+    assert all(path.resolve().is_relative_to(out) for path in files)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
 def test_a_push_uploads_the_files_and_nothing_else(testbed_run, tmp_path, monkeypatch):
     run, folder = run_export(testbed_run, "pope", dataset="lmms-lab/POPE"), tmp_path / "out"
     export(run, "dataset", folder)

@@ -1,5 +1,7 @@
 """The table of a sweep: jobs of several seeds are averaged, and compared within a seed only."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,7 @@ def jobs(tmp_path):
         counted = {"samples": 12, "ok": 12, "unparsed": 0, "failed": 0, "truncated": 0}
         metrics = [{"metric": "chair_i", "subset": "all", **interval}]
         store.write_metrics("chair", {"primary": "chair_i", "counts": counted, "metrics": metrics})
+        store.set_status("chair", "finished")
         own = (f"generation={generation}", f"seed={seed}")
         finished.append(Job("key", number, own, str(folder), FINISHED))
     return finished
@@ -57,3 +60,13 @@ def test_jobs_of_several_seeds(jobs):
 
 def test_without_several_seeds_there_is_one_table(jobs):
     assert compare_jobs([jobs[0], jobs[2]], lambda source, task: Chair()).seed_table is None
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"chair": {"primary": "chair_i"}}'])
+def test_a_damaged_run_does_not_hide_the_others(jobs, content):
+    broken = Path(jobs[1].folder, "metrics.json")
+    broken.write_bytes(content)
+    results = compare_jobs(jobs, lambda source, task: Chair()).results
+    assert [bool(result.figures) for result in results] == [True, False, True, True]
+    assert results[1].remark.startswith(f"{broken} is damaged")
+    assert "chair chair_i" in results[2].differences

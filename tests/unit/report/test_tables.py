@@ -37,6 +37,13 @@ def test_latex_escapes_every_special_character():
     assert rules == [r"\toprule", r"\midrule", r"\bottomrule"]
 
 
+def test_latex_lines_that_begin_with_a_bracket_are_no_options():
+    text = tables.latex(Table("", ("[a]", "b"), (("[1cm]", 1), ("*", 2), ("c", 3))))
+    lines = text.splitlines()
+    assert lines[lines.index(r"\toprule") + 1] == r"{}[a] & b \\"
+    assert lines[lines.index(r"\midrule") + 1 :][:3] == [r"{}[1cm] & 1 \\", r"{}* & 2 \\", r"c & 3 \\"]
+
+
 def test_markdown_keeps_cells_and_lines():
     lines = tables.markdown(_table(note="n*", bold=frozenset({1}))).splitlines()
     rows = [line for line in lines if line.startswith("|")]
