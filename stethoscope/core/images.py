@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -165,9 +166,9 @@ def _opened(source: Path | bytes, name: str, formats: Sequence[str]) -> Iterator
     from PIL import Image as Images
     from PIL import UnidentifiedImageError
 
-    if isinstance(source, Path) and not source.is_file():
-        reason = f"{source} is a folder, not a file" if source.is_dir() else f"no file {source}"
-        raise DataError(f"{name} is missing: {reason}")
+    if isinstance(source, Path) and not os.path.isfile(source):  # which raises nothing, whatever the path
+        reason = f"{source} is a folder, not a file" if os.path.isdir(source) else f"no file {source}"
+        raise DataError(f"{name} is missing: {reason}"[:1000])
     with _decoder_errors(name):
         size = source.stat().st_size if isinstance(source, Path) else len(source)
     if size > MAX_BYTES:

@@ -45,11 +45,6 @@ class Violation:
     message: str = ""
 
 
-def schema_names() -> list[str]:
-    """List the names of all schemas."""
-    return sorted(path.name.removesuffix(".schema.json") for path in FOLDER.glob("*.schema.json"))
-
-
 @cache
 def read_schema(name: str) -> dict[str, Any]:
     """Read a schema (JSON Schema, draft 2020-12) by its name, such as ``custom``."""

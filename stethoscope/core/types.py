@@ -6,6 +6,7 @@ by one); character spans are half-open ``(start, end)`` offsets into ``Answer.te
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,7 +68,7 @@ class ImageRef:
             DataError: the file is missing, is not an image, is cut short or too large.
         """
         if isinstance(self.source, Path):
-            name = self.source if self.source.is_file() else repr(self.name)
+            name = self.source if os.path.isfile(self.source) else repr(self.name)
             return read_image(self.source, f"image {name}")
         try:
             image = rgb(self.source(), f"image {self.name!r}")
@@ -108,12 +109,14 @@ def load_picture(image: Picture) -> Image:
     """Load an image as RGB.
 
     Raises:
-        DataError: it is none of ``Picture``, a web address (nothing is fetched), missing, or cannot be read.
+        DataError: it is none of ``Picture``, an address (nothing is fetched), a data URI, missing, or cannot be read.
     """
     if isinstance(image, bytes):
         return read_image(image, "image")
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         raise DataError(f"image {image!r:.80} is a web address, and nothing is fetched: download it, and give its path")
+    if isinstance(image, str) and image.startswith("data:"):
+        raise DataError(f"image {image!r:.80} is a data URI: decode it, and give the bytes of the file")
     if isinstance(image, (str, Path)):
         path = Path(image).expanduser()
         image = ImageRef(path.name, path)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.picture_profile import profile_text
-from stethoscope.core.token_table import FeatureSchema, stem
+from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, with_limit
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 from stethoscope.features import FeatureSet
+from stethoscope.features.columns import feature_of
 from stethoscope.storage.tokens import token_table
 from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
 from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor
@@ -149,27 +150,18 @@ def token_rows(
 
 
 def feature_set(columns: Sequence[str]) -> FeatureSet:
-    """Select the features that the columns of a detector belong to.
+    """Select the features that the columns of a detector belong to, such as ``attn_image`` for ``attn_image_l00``.
 
     Raises:
         CapabilityError: a column belongs to no registered feature.
     """
     try:
-        return FeatureSet(groups=(), names=feature_names(columns))
+        return FeatureSet(groups=(), names=list(dict.fromkeys(map(feature_of, columns))))
     except ConfigError as error:
         raise CapabilityError(
             "the detector reads a feature that stethoscope does not compute; add plugins=[...] with the package that "
             f"defines it: {error}"
         ) from None
-
-
-def feature_names(columns: Sequence[str]) -> list[str]:
-    """List the features that columns belong to.
-
-    >>> feature_names(["nll", "attn_image_l00", "attn_image_l01", "head_image_l00h03"])
-    ['nll', 'attn_image', 'head_image']
-    """
-    return list(dict.fromkeys(stem(column) for column in columns))
 
 
 def compute_columns(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, np.ndarray]:

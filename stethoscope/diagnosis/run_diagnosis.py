@@ -113,7 +113,7 @@ def diagnose(
         trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted, resampling)
     with _timed(seconds, "layers"):
         evolution, attention = _read_layers(adapter, encoded, answer, extracted, notes)
-    with _timed(seconds, "places"):
+    with _timed(seconds, "regions"):
         tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
         regions = token_regions(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "score"):

@@ -81,11 +81,13 @@ class Evaluator:
         ):
             if value not in allowed:
                 raise ConfigError(unknown(name, str(value), allowed))
-        for name, number in (("limit", limit), ("batch_size", batch_size)):
-            if number is not None and not isinstance(number, int):
+        for name, number, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if number is None and name == "limit":
+                continue
+            if isinstance(number, bool) or not isinstance(number, int):
                 raise ConfigError(f"{name}={number!r} should be a whole number")
-            if number is not None and number < 1:
-                raise ConfigError(f"{name}={number} should be at least 1")
+            if number < least:
+                raise ConfigError(f"{name}={number} should be at least {least}")
         if (
             isinstance(meeting_minutes, bool)
             or not isinstance(meeting_minutes, (int, float))

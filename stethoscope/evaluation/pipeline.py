@@ -10,17 +10,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stethoscope.adapters.base import ForeignTokens
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.system import free_memory, out_of_memory
-from stethoscope.core.text import redact_text
-from stethoscope.core.types import Answer, Mention, Sample, Score, required
+from stethoscope.core.types import Answer, Sample, required
 from stethoscope.evaluation.given_answers import read_answer
+from stethoscope.evaluation.state import SampleState
 from stethoscope.features.registry import compute_columns, without_vectors
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import TokenRows, token_tables
@@ -28,12 +28,11 @@ from stethoscope.tasks.object_extraction import TextMention
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
 
     from stethoscope.evaluation.session import RunSession
     from stethoscope.mitigation.base import EditedAnswer
     from stethoscope.storage.logged_answers import LoggedAnswer
-    from stethoscope.tracing.trace import Encoded, Trace
+    from stethoscope.tracing.trace import Trace
 
 CHANGED = "changed since it was asked: "
 """Start of the reason why ``extract`` skips a sample; the names of what has changed follow, separated by commas."""
@@ -61,69 +60,6 @@ class Features(Protocol):
 
 class SampleChanged(DataError):
     """Raised for a recorded answer whose sample has changed since."""
-
-
-@dataclass(eq=False)
-class SampleState:
-    """A sample on its way through the pipeline."""
-
-    sample: Sample
-    encoded: Encoded | None = None
-    answer: Answer | None = None
-    score: Score | None = None
-    mentions: tuple[Mention, ...] = ()
-    rows: pa.Table | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    prompt: str = ""
-    prompt_sha256: str = ""
-    image_sha256: str = ""
-    picture: str = ""  # profile of its pixels
-    edit: Mapping[str, Any] = field(default_factory=dict)  # of the answer by a mitigation
-    error: Exception | None = None
-    given: Mapping[str, Any] = field(default_factory=dict)  # how a given answer was read
-    recorded: Record | None = None  # of an answer that is only traced; its record survives any error
-
-    @property
-    def inputs(self) -> Encoded:
-        """The encoded prompt, which every state has that was encoded without an error."""
-        assert self.encoded is not None
-        return self.encoded
-
-    @property
-    def given_answer(self) -> Answer:
-        """The answer, which every state has that generated or reused one without an error."""
-        assert self.answer is not None
-        return self.answer
-
-    def record(self, task: str) -> Record:
-        """Build the finished record."""
-        sample, error = self.sample, self.error
-        if self.recorded is not None:
-            if error is None:
-                return replace(self.recorded, seconds=self.seconds, untraced="")
-            return replace(self.recorded, untraced=message(error))
-        status = FAILED if error is not None or self.score is None else self.score.status
-        return Record(
-            task=task,
-            sample_id=sample.id,
-            group=sample.group,
-            subset=sample.subset,
-            image=sample.image.name,
-            question=sample.question,
-            reference=sample.reference,
-            prompt=self.prompt,
-            status=status,
-            error="" if error is None else message(error),
-            answer=self.answer,
-            score=self.score if status != FAILED else None,
-            mentions=self.mentions,
-            prompt_sha256=self.prompt_sha256,
-            image_sha256=self.image_sha256,
-            given=self.given,
-            edit=self.edit,
-            seconds=self.seconds,
-            asks=sample.asks,
-        )
 
 
 class SamplePipeline:
@@ -443,12 +379,6 @@ def _release_cache(states: Sequence[SampleState]) -> None:
     for state in states:
         if state.encoded is not None and (state.encoded.cache is not None or state.encoded.recorded is not None):
             state.encoded = replace(state.encoded, cache=None, recorded=None)
-
-
-def message(error: BaseException) -> str:
-    """Describe an error in one line, with its type unless it is one of ours."""
-    text = redact_text(" ".join(str(error).split()))
-    return text if isinstance(error, StethoscopeError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _without_frames(error: Exception) -> DataError:

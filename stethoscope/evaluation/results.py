@@ -10,6 +10,7 @@ from stethoscope.evaluation.given_answers import describe
 from stethoscope.metrics.bootstrap import Interval, MetricRow
 
 COUNTS = ("samples", "ok", "unparsed", "failed", "truncated")
+_INTERVAL = ("value", "low", "high", "items", "groups")
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,3 @@ class TaskResults:
         return f"{self.counts['samples']} samples: {', '.join(counts[:3])}; {counts[3]}" + (
             f"; by subset: {', '.join(missing)}" if missing else ""
         )
-
-
-_INTERVAL = ("value", "low", "high", "items", "groups")

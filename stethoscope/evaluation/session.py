@@ -20,9 +20,9 @@ from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.distributed import PeerFailed, current_state
 from stethoscope.evaluation.given_answers import summarise
 from stethoscope.evaluation.joined_answers import JoinedAnswers
-from stethoscope.evaluation.pipeline import SamplePipeline, message
+from stethoscope.evaluation.pipeline import SamplePipeline
 from stethoscope.evaluation.results import COUNTS, TaskResults
-from stethoscope.evaluation.state import RunState
+from stethoscope.evaluation.state import RunState, describe_failure
 from stethoscope.loggers.base import Loggers
 from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.mitigation.base import DetectorMitigation
@@ -381,7 +381,7 @@ class RunSession:
             try:
                 step()
             except Exception as second:
-                warnings.warn(f"while ending the run: {message(second)}", stacklevel=2)
+                warnings.warn(f"while ending the run: {describe_failure(second)}", stacklevel=2)
         self.run.loggers.finalize(status)
 
     def _called(self) -> Iterator[Callback]:

@@ -19,7 +19,7 @@ from stethoscope.report.console import print_table
 from stethoscope.report.metrics_tables import TITLES, metric_title, primary
 from stethoscope.report.run_report import table_page
 from stethoscope.report.run_source import RunReader
-from stethoscope.report.tables import Cell, PairedDifference, Table, markdown
+from stethoscope.report.tables import Cell, PairedDifference, Table, escape_markdown, markdown
 from stethoscope.storage.sweep_jobs import FINISHED, Job
 
 if TYPE_CHECKING:
@@ -170,10 +170,10 @@ class Comparison:
             folder: of the sweep.
             name: of the sweep, for the heading.
         """
-        problems = "".join(f"- {line}\n" for line in self.problems())
+        problems = "".join(f"- {escape_markdown(line)}\n" for line in self.problems())
         jobs = [result.job for result in self.results]
         runs = "".join(f"- job {job.index}: `{job.folder}`\n" for job in jobs if job.folder)
-        parts = [f"# {name}", *map(markdown, self._tables)]
+        parts = [f"# {escape_markdown(name)}", *map(markdown, self._tables)]
         parts += [f"## Jobs to look at\n\n{problems}"] if problems else []
         parts += [f"## Runs\n\n{runs}"]
         atomic_write(folder / "sweep.md", "\n".join(part.rstrip() + "\n" for part in parts))

@@ -59,6 +59,11 @@ def is_finished(reason: Any) -> bool | None:
     return True if reason in _FINISHED else False if reason in _CUT else None
 
 
+def keys_of(row: Mapping[str, Any]) -> str:
+    """List the keys of an object for a message, shortened."""
+    return clipped(", ".join(map(str, row))) or "no key"
+
+
 def error_line(error: Any) -> str:
     """Shorten what a log has as error to one line; empty for none."""
     if isinstance(error, Mapping):

@@ -16,6 +16,7 @@ from stethoscope.storage.log_values import (
     error_line,
     int_list,
     is_finished,
+    keys_of,
     logprob_list,
     reasoning_spans,
     row_number,
@@ -193,7 +194,7 @@ def detect_format(path: Path) -> str:
                 return format_
     if any(key in row for key in _TEXT) or ("error" in row and any(key in row for key in (*_ID, "row"))):
         return "jsonl"
-    raise DataError(f"{path} has objects with the keys {_keys(row)}, {_KNOWN}")
+    raise DataError(f"{path} has objects with the keys {keys_of(row)}, {_KNOWN}")
 
 
 def _archive_format(path: Path) -> str:
@@ -243,7 +244,9 @@ def read_own_lines(path: Path) -> Contents:
         row = _of_run(row) if "sample_id" in row else row
         key = next((key for key in _TEXT if key in row), None)
         if key is None and not row.get("error"):
-            raise DataError(f"{origin}: no answer; keys {', '.join(map(repr, _TEXT))} were looked for in {_keys(row)}")
+            raise DataError(
+                f"{origin}: no answer; keys {', '.join(map(repr, _TEXT))} were looked for in {keys_of(row)}"
+            )
         names_sample = key != "model_prediction"  # HallusionBench numbers questions of one figure
         id_ = next((sample_id(row[name], origin) for name in _ID if name in row), None) if names_sample else None
         number = row_number(row["row"], origin) if "row" in row else index if id_ is None else None
@@ -300,7 +303,3 @@ def logged_answer(text: Any, origin: str, error: str = "", **values: Any) -> Log
     if not error and not text.strip():
         error = "the answer is empty"
     return LoggedAnswer(text, error=error, origin=origin, **values)
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    return clipped(", ".join(map(str, row))) or "no key"

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.core.errors import DataError
-from stethoscope.core.json_rows import clipped, read_rows, shown
+from stethoscope.core.json_rows import read_rows, shown
 from stethoscope.storage.log_values import (
     Names,
     error_line,
     int_list,
     is_finished,
+    keys_of,
     logprob_list,
     objects,
     row_number,
@@ -57,7 +58,9 @@ def read_openai_batch(path: Path) -> Contents:
             error = f"HTTP {status}"
         number = row_number(row["row"], origin) if "row" in row else index if id_ is None else None
         if not error and "text" not in values:
-            raise DataError(f"{origin}: no response of a server; 'choices' or 'output' was looked for in {_keys(body)}")
+            raise DataError(
+                f"{origin}: no response of a server; 'choices' or 'output' was looked for in {keys_of(body)}"
+            )
         batch |= {id_} if "custom_id" in row else set()
         text = values.pop("text", "")
         answers.append(logged_answer(text, origin, error=error, id=id_, row=number, **values))
@@ -179,7 +182,7 @@ def read_llama_cpp(path: Path) -> Contents:
     for index, (_, origin, line) in enumerate(read_rows(path, ())):
         row = line["response"] if isinstance(line.get("response"), dict) else line
         if "content" not in row and not row.get("error"):
-            raise DataError(f"{origin}: no response of llama.cpp; 'content' was looked for in {_keys(row)}")
+            raise DataError(f"{origin}: no response of llama.cpp; 'content' was looked for in {keys_of(row)}")
         id_ = sample_id(line["id"], origin) if "id" in line else None
         number = row_number(line["row"], origin) if "row" in line else index if id_ is None else None
         names.add(row, model=("model",))
@@ -215,7 +218,3 @@ def read_llama_cpp(path: Path) -> Contents:
         [f"token ids of {unequal} answers may have a stop word, which their text has not: left out"] if unequal else []
     )
     return Contents(answers, "llama.cpp", names["model"], notes=(*notes, *names.notes()))
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    return clipped(", ".join(map(str, row))) or "an object without keys"

@@ -1,4 +1,4 @@
-"""Run a ``generate`` call one token at a time, in the caller's thread, and go back where a listener says so."""
+"""Run a ``generate`` call one token at a time, in the caller's thread, and go back where a listener orders it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Rewind(NamedTuple):
 
 
 class TokenListener(Protocol):
-    """What hears of every token; with a ``Rewind`` it has taken the tokens back itself, its recorded steps too."""
+    """Receives every token; one that returns a ``Rewind`` has taken back the tokens and its recorded steps itself."""
 
     steps: RecordedSteps
 
@@ -66,7 +66,7 @@ def decode(
         model: the model; for several prompts one of ``takes_rows_back``.
         arguments: keyword arguments of ``generate``.
         recorder: records every step, and nothing in between.
-        listeners: for every prompt, hears of its tokens and of the end.
+        listeners: one for every prompt; receives its tokens and the end.
         rewinds: whether the listeners may order a ``Rewind``.
 
     Yields:
@@ -139,7 +139,7 @@ class _Row:
 
     Args:
         input_ids: (1, n) prompt, with its padding.
-        listener: hears of the tokens.
+        listener: receives the tokens.
         processors: of the answer.
         criteria: by which the answer ends.
 

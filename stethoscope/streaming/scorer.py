@@ -34,6 +34,17 @@ HISTORY = frozenset(
     | {f"{name}_{row}" for name in ("overtrust", "overtrust_column") for row in "qc"}
 )
 """Features of a token that also depend on the tokens before it; most others read only the token's own rows."""
+COUNTED = ("position", "log_position", "repetition")
+"""Features that are counted: index, log(1 + index), earlier occurrences of the token."""
+
+_UNCERTAINTY = ("nll", "entropy", "max_prob", "margin")
+_MASS = tuple(f"attn_{segment}" for segment in SEGMENTS[:-1])  # no feature reads the rest
+_LENS = ("lens_rank", "lens_logprob")
+FAST_FEATURES = frozenset((*_UNCERTAINTY, *_MASS, "svar", "attn_entropy", *_LENS, *COUNTED))
+"""Features that ``FastFeatures`` computes."""
+_FIRST = len(_UNCERTAINTY) + len(COUNTED)  # columns, one for each
+_MAX_NUMBERS = 2**18  # numbers per array; beyond that torch is faster, because it has threads
+_GROW = 512
 
 
 class Scorer:
@@ -147,7 +158,9 @@ class Scorer:
 
     def _trace(self, features: Sequence[Feature], steps: RecordedSteps, ids: Sequence[int], start: int) -> Trace:
         requires: frozenset[str] = frozenset().union(*(item.requires for item in features))
-        return steps.trace(start, _unread(ids[start:]), requires, bool(self.lookahead))
+        own = tuple(ids[start:])
+        answer = Answer("", own, ((0, 0),) * len(own), (0.0,) * len(own))  # no feature reads its text
+        return steps.trace(start, answer, requires, bool(self.lookahead))
 
     def rewind(self, ids: Sequence[int]) -> None:
         """Go back to the tokens of ``ids``."""
@@ -185,11 +198,6 @@ def smallest_delay(detector: Detector) -> int | None:
     return None
 
 
-def _unread(ids: Sequence[int]) -> Answer:
-    """Build an answer whose text no feature reads."""
-    return Answer("", tuple(ids), ((0, 0),) * len(ids), (0.0,) * len(ids))
-
-
 def _check(detector: Detector, delay: int) -> None:
     if not isinstance(delay, int) or delay < 0:
         raise ConfigError(f"delay={delay!r} should be 0 (a warning with every token) or a number of steps")
@@ -212,30 +220,6 @@ def _check(detector: Detector, delay: int) -> None:
             f"the detector reads {', '.join(consuming)} of the row that consumes the token; use delay=1, or train "
             "with features=fast"
         )
-
-
-COUNTED = ("position", "log_position", "repetition")
-"""Features that are counted: index, log(1 + index), earlier occurrences of the token."""
-
-_UNCERTAINTY = ("nll", "entropy", "max_prob", "margin")
-
-
-_MASS = tuple(f"attn_{segment}" for segment in SEGMENTS[:-1])  # no feature reads the rest
-
-
-_FIRST = len(_UNCERTAINTY) + len(COUNTED)  # columns, one for each
-
-
-_LENS = ("lens_rank", "lens_logprob")
-
-
-FAST_FEATURES = frozenset((*_UNCERTAINTY, *_MASS, "svar", "attn_entropy", *_LENS, *COUNTED))
-"""Features that ``FastFeatures`` computes."""
-
-_MAX_NUMBERS = 2**18  # numbers per array; beyond that torch is faster, because it has threads
-
-
-_GROW = 512
 
 
 class FastFeatures:

@@ -14,6 +14,7 @@ from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
 from stethoscope.detection.design_matrix import Inputs
 from stethoscope.features import FEATURES, FeatureSet
+from stethoscope.features.columns import feature_of
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import Final, MentionCompleted, Token, WarningStreamer, stream
 from stethoscope.streaming.events import MentionTracker
@@ -145,9 +146,7 @@ def test_sampling_and_stop_strings(adapter, images, every, fast):
 
 
 def detector_names(detector):
-    from stethoscope.diagnosis.answer_verdicts import feature_names
-
-    return feature_names(detector.schema.names)
+    return list(dict.fromkeys(map(feature_of, detector.schema.names)))
 
 
 def test_the_last_item_has_the_mentions_of_a_diagnosis(adapter, images, fast, every):

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from stethoscope.core import images
 from stethoscope.core.errors import DataError
 from stethoscope.core.images import MAX_PIXELS, MAX_RATIO, is_image_file, portable_bytes, read_image, rgb
-from stethoscope.core.types import ImageRef
+from stethoscope.core.types import ImageRef, load_picture
 
 RED, WHITE = (220, 30, 40), (255, 255, 255)
 
@@ -308,3 +308,12 @@ def test_what_every_decoder_shows_alike_is_passed_as_it_is(photo, tmp_path, name
     assert (kind, data == path.read_bytes()) == (kept or "png", bool(kept))
     same(read_image(data, "sent"), read(path))
     assert portable_bytes(photo)[1] == "png"
+
+
+@pytest.mark.parametrize(
+    ("image", "message"), [("data:image/png;base64,AAAA", "is a data URI"), ("a" * 9000, "is missing")]
+)
+def test_texts_that_are_no_path_give_one_short_line(image, message):
+    with pytest.raises(DataError, match=message) as error:
+        load_picture(image)
+    assert len(str(error.value)) <= 1000

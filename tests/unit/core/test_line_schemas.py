@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from stethoscope.core.errors import ArtefactError, DataError
-from stethoscope.core.line_schemas import FOLDER, check_content, check_line, read_schema, schema_names, violation
+from stethoscope.core.line_schemas import FOLDER, check_content, check_line, read_schema, violation
 from stethoscope.storage.logged_answers import read_answers
 from stethoscope.tasks.halloc import TYPES
 
@@ -17,9 +17,8 @@ MARKED = {"image": "1.jpg", "question": "What?", "answer": "A red bus.", "spans"
 
 
 def test_every_schema_is_valid_and_published_as_it_is():
-    assert schema_names() == sorted(path.name.split(".")[0] for path in (ROOT / "docs" / "schemas").iterdir())
     assert (ROOT / "docs" / "schemas").resolve() == FOLDER
-    for name in schema_names():
+    for name in (path.name.removesuffix(".schema.json") for path in FOLDER.iterdir()):
         schema = read_schema(name)
         jsonschema.Draft202012Validator.check_schema(schema)
         assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"

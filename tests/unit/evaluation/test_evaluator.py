@@ -154,6 +154,8 @@ def test_a_limit_draws_samples(adapter):
     [
         ({"limit": 0}, "limit=0"),
         ({"batch_size": -1}, "batch_size=-1"),
+        ({"limit": True}, "limit=True should be a whole number"),
+        ({"seed": -1}, "seed=-1 should be at least 0"),
         ({"on_error": "rise"}, "did you mean 'raise'"),
         ({"trace": "mention"}, "did you mean 'mentions'"),
     ],

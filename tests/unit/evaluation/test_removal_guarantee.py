@@ -94,5 +94,5 @@ def test_warnings_with_a_line_separator_inside_are_read(tmp_path):
     line = {"task": "chair", "sample_id": "1", "group": "a\u2028b", "object": "dog", "fold": "train", "start": 0}
     line |= {"end": 3, "label": 0, "probability": 0.5, "evidence": None, "prior": None, "visual_evidence": []}
     (tmp_path / "warnings.jsonl").write_bytes(encode_line({**line, "warned": False}))
-    with pytest.raises(ArtefactError, match="no samples.jsonl in"):  # the next file that is read
+    with pytest.raises(ArtefactError, match=r"no samples\.jsonl in"):  # the next file that is read
         read_judged_texts(tmp_path, None)
