@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, StethoscopeError
 from stethoscope.core.files import atomic_write, write_json
+from stethoscope.core.line_schemas import check_content
+from stethoscope.detection.detector_results import DetectorResults
+from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.compare import TaskLoader, detector_table, first_task, require_same, task_table
 from stethoscope.report.console import print_table
 from stethoscope.report.metrics_tables import TITLES, metric_title, primary
 from stethoscope.report.run_report import table_page
-from stethoscope.report.run_source import RunReader
+from stethoscope.report.run_source import RunReader, readable
 from stethoscope.report.tables import Cell, PairedDifference, Table, escape_markdown, markdown
+from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
 from stethoscope.storage.sweep_jobs import FINISHED, Job
 
 if TYPE_CHECKING:
@@ -261,9 +265,17 @@ def compare_jobs(jobs: Sequence[Job], load_task: TaskLoader) -> Comparison:
 
 def _read_run(job: Job) -> RunReader | None:
     """Read the run of a job, also one that failed after some of its tasks; None if there is no run."""
-    if not job.folder or not (Path(job.folder) / "metrics.json").is_file():
+    folder, name = Path(job.folder), "metrics.json"
+    if not job.folder or not (folder / name).is_file():
         return None
-    return RunReader.read(Path(job.folder), in_progress=True)
+    with readable(folder):
+        store = RunStore(folder)
+        tasks, metrics = list(store.fingerprints()), store.metrics()
+        figures = {section: metrics[section] for section in (*tasks, DETECTOR) if metrics.get(section)}
+        check_content("metrics", figures, folder / name, REMEDIES[name])
+        results = tuple(TaskResults.from_dict(task, figures[task]) for task in tasks if task in figures)
+        detector = DetectorResults.from_dict(figures[DETECTOR]) if DETECTOR in figures else None
+    return RunReader(folder, store, results, detector)
 
 
 def _figures(source: RunReader) -> dict[str, Interval]:

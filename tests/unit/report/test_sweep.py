@@ -36,7 +36,6 @@ def jobs(tmp_path):
         counted = {"samples": 12, "ok": 12, "unparsed": 0, "failed": 0, "truncated": 0}
         metrics = [{"metric": "chair_i", "subset": "all", **interval}]
         store.write_metrics("chair", {"primary": "chair_i", "counts": counted, "metrics": metrics})
-        store.set_status("chair", "finished")
         own = (f"generation={generation}", f"seed={seed}")
         finished.append(Job("key", number, own, str(folder), FINISHED))
     return finished
