@@ -17,10 +17,9 @@ from stethoscope.evaluation.callbacks import Progress
 from stethoscope.evaluation.chat_client import ChatClient, Engine, ServedModel
 from stethoscope.evaluation.chat_protocol import Reply
 from stethoscope.evaluation.distributed import DistributedState, current_state
+from stethoscope.evaluation.selection import load_samples, select_samples
 from stethoscope.storage.answer_file import AnswerFile
-from stethoscope.storage.records import load_samples
 from stethoscope.storage.run_fingerprint import SAMPLING_ONLY, constructor_settings
-from stethoscope.storage.selection import select_samples
 from stethoscope.tasks.base import Task
 
 Result = TypeVar("Result")

@@ -22,13 +22,14 @@ from stethoscope.evaluation.given_answers import summarise
 from stethoscope.evaluation.joined_answers import JoinedAnswers
 from stethoscope.evaluation.pipeline import SamplePipeline
 from stethoscope.evaluation.results import COUNTS, TaskResults
+from stethoscope.evaluation.selection import load_samples, recorded_samples, select_samples
 from stethoscope.evaluation.state import RunState, describe_failure
 from stethoscope.loggers.base import Loggers
 from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.mitigation.base import DetectorMitigation
 from stethoscope.storage.lock import RunLock
 from stethoscope.storage.logged_answers import read_answers
-from stethoscope.storage.records import FAILED, OK, UNPARSED, load_samples, recorded_samples
+from stethoscope.storage.records import FAILED, OK, UNPARSED
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.run_fingerprint import (
     answer_fingerprint,
@@ -37,7 +38,6 @@ from stethoscope.storage.run_fingerprint import (
     feature_fingerprint,
     location_keys,
 )
-from stethoscope.storage.selection import select_samples
 from stethoscope.tasks.base import Task
 
 if TYPE_CHECKING:

@@ -9,17 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from stethoscope.core.digests import jsonable
-from stethoscope.core.errors import ArtefactError, DataError
+from stethoscope.core.errors import ArtefactError
 from stethoscope.core.files import append, open_regular, replacing
 from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.storage.tokens import Key, TokenFiles
-
-if TYPE_CHECKING:
-    from stethoscope.storage.run_dir import RunStore
-    from stethoscope.tasks.base import Task
 
 OK, UNPARSED, FAILED = "ok", "unparsed", "failed"
 
@@ -203,50 +199,6 @@ def _has_keys(values: Mapping[str, Any]) -> bool:
     """Return whether a line names its task and sample, with a valid ``part`` and ``tokens`` if it has them."""
     names = (values.get("task"), values.get("sample_id"), values.get("part", ""))
     return all(isinstance(name, str) for name in names) and isinstance(values.get("tokens", 0), int)
-
-
-def load_samples(task: Task) -> Sequence[Sample]:
-    """Load the samples of a task and check their ids.
-
-    Raises:
-        DataError: there are none, or two have the same id.
-    """
-    samples = task.samples()
-    ids = [sample.id for sample in samples]
-    if not ids:
-        raise DataError(f"task {task.name!r} has no samples")
-    if len(set(ids)) < len(ids):
-        double = next(name for index, name in enumerate(ids) if name in ids[:index])
-        raise DataError(f"task {task.name!r} has two samples with the id {double!r}")
-    return samples
-
-
-def recorded_samples(
-    store: RunStore, task: Task, available: Sequence[Sample], samples: Sequence[Sample]
-) -> tuple[Sample, ...]:
-    """Select the samples of which a run directory has a record.
-
-    Args:
-        store: of the run directory.
-        task: that the records belong to.
-        available: all samples of the task.
-        samples: those to choose from.
-
-    Raises:
-        DataError: it has records of samples that the task no longer has.
-        ArtefactError: it has none of the samples.
-    """
-    ids = set(store.sample_ids(task.name))
-    gone = ids - {sample.id for sample in available}
-    if gone:
-        raise DataError(
-            f"{len(gone)} of {len(ids)} samples that {store.run_dir} has answers to are not in the data of "
-            f"{task.name} any more, such as {min(gone)}; give it the data that it was asked about"
-        )
-    samples = tuple(sample for sample in samples if sample.id in ids)
-    if not samples:
-        raise ArtefactError(f"{store.run_dir} has no answer to {task.name}; the command that began it goes on")
-    return samples
 
 
 class RecordEntry(NamedTuple):

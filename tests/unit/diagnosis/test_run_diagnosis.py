@@ -15,10 +15,10 @@ from stethoscope.core.text import percent
 from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
 from stethoscope.detection.lookup import mention_warnings
-from stethoscope.diagnosis.answer_verdicts import feature_names
 from stethoscope.diagnosis.render import describe_reply
 from stethoscope.diagnosis.run_diagnosis import diagnose
 from stethoscope.features import GROUPS, FeatureSet
+from stethoscope.features.columns import feature_of
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.extraction import Extraction
@@ -275,7 +275,7 @@ def test_the_features_of_any_table_are_told_from_its_columns(adapter, scene):
     answer = adapter.answer(encoded, "A dog.")
     columns = every.compute(trace_answers(adapter, [encoded], [answer], every.requires, [scene], [()])[0])
     assert any(name.endswith("_l00h00") for name in columns)
-    assert set(feature_names(list(columns))) == set(every.names)
+    assert set(map(feature_of, columns)) == set(every.names)
 
 
 def test_public_names():

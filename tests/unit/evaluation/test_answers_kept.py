@@ -8,8 +8,8 @@ from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask, picture
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.evaluation.pipeline import CHANGED
+from stethoscope.evaluation.selection import select_samples
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.selection import select_samples
 
 
 class Files(TinyTask):

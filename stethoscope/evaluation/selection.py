@@ -1,4 +1,7 @@
-"""Draw the samples of a limited run, spread over subsets, images and labels; a longer run draws the same ones first."""
+"""Load the samples of a task, and choose those of a run: all, those it has answers to, or a limited number.
+
+A limited run draws them spread over subsets, images and labels; a longer run draws the same ones first.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,61 @@ import hashlib
 import heapq
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from stethoscope.core.errors import ArtefactError, DataError
 from stethoscope.core.types import Sample
+
+if TYPE_CHECKING:
+    from stethoscope.storage.run_dir import RunStore
+    from stethoscope.tasks.base import Task
 
 MOST_LABELS = 26
 """Reference labels that are balanced, at most so many different ones; more of them are texts rather than classes."""
+
+
+def load_samples(task: Task) -> Sequence[Sample]:
+    """Load the samples of a task and check their ids.
+
+    Raises:
+        DataError: there are none, or two have the same id.
+    """
+    samples = task.samples()
+    ids = [sample.id for sample in samples]
+    if not ids:
+        raise DataError(f"task {task.name!r} has no samples")
+    if len(set(ids)) < len(ids):
+        double = next(name for index, name in enumerate(ids) if name in ids[:index])
+        raise DataError(f"task {task.name!r} has two samples with the id {double!r}")
+    return samples
+
+
+def recorded_samples(
+    store: RunStore, task: Task, available: Sequence[Sample], samples: Sequence[Sample]
+) -> tuple[Sample, ...]:
+    """Select the samples of which a run directory has a record.
+
+    Args:
+        store: of the run directory.
+        task: that the records belong to.
+        available: all samples of the task.
+        samples: those to choose from.
+
+    Raises:
+        DataError: it has records of samples that the task no longer has.
+        ArtefactError: it has none of the samples.
+    """
+    ids = set(store.sample_ids(task.name))
+    gone = ids - {sample.id for sample in available}
+    if gone:
+        raise DataError(
+            f"{len(gone)} of {len(ids)} samples that {store.run_dir} has answers to are not in the data of "
+            f"{task.name} any more, such as {min(gone)}; give it the data that it was asked about"
+        )
+    samples = tuple(sample for sample in samples if sample.id in ids)
+    if not samples:
+        raise ArtefactError(f"{store.run_dir} has no answer to {task.name}; the command that began it goes on")
+    return samples
 
 
 def select_samples(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stethoscope.core.types import ImageRef, Sample
-from stethoscope.storage.selection import select_samples
+from stethoscope.evaluation.selection import select_samples
 from stethoscope.tasks.dash_b import DashB
 from stethoscope.tasks.mme import Mme
 from stethoscope.tasks.natural_bench import NaturalBench
