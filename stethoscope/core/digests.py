@@ -40,7 +40,11 @@ def cached_digest(paths: Sequence[Path], compute: Callable[[], str]) -> str:
         states.append((str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
     if sum(size for _, size, *_ in states) < MIN_CACHED_BYTES:
         return compute()
-    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stethoscope" / "digests.json"
+    try:
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in a container
+        return compute()
+    file = Path(folder) / "stethoscope" / "digests.json"
     known = _read(file)
     key = json.dumps(states)
     if key not in known:

@@ -168,7 +168,7 @@ def _opened(source: Path | bytes, name: str, formats: Sequence[str]) -> Iterator
 
     if isinstance(source, Path) and not os.path.isfile(source):  # which raises nothing, whatever the path
         reason = f"{source} is a folder, not a file" if os.path.isdir(source) else f"no file {source}"
-        raise DataError(f"{name} is missing: {reason}"[:1000])
+        raise DataError(f"{name} is missing: {reason}")
     with _decoder_errors(name):
         size = source.stat().st_size if isinstance(source, Path) else len(source)
     if size > MAX_BYTES:

@@ -202,26 +202,29 @@ _TEXT_TOKEN_NAME = re.compile(
 )
 """Names of tokens of a tokenizer."""
 
+# each pattern reads a run of letters once, from its start, as answers may repeat one letter thousands of times
 _SECRET_VALUE = re.compile(
-    r"(?P<address>\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@"  # user:password@host
+    r"(?P<address>(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]++://)[^\s/?#'\"<>]*@"  # user:password@host
     r"|(?P<scheme>\b(?:[Bb]earer|[Bb]asic)\s+)(?=\S*[A-Z0-9=_])[A-Za-z0-9+/=._~-]{8,}"
     r"|\bhf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{16,})|\bapi_org_[A-Za-z0-9]{16,}"
-    r"|\b(?:gh[pousr]|github_pat|glpat|sk|xox[abeprs]|npm|pypi)[_-](?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9._-]+"
+    r"|\b(?:gh[pousr]|github_pat|glpat|sk|xox[abeprs]|npm|pypi)[_-](?=[A-Za-z_-]{0,200}[0-9])[A-Za-z0-9_-]{16,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\beyJ[A-Za-z0-9_-]{8,4096}+\.[A-Za-z0-9._-]+"
 )
 """Values that look like secrets, whatever their names."""
 
 _ASSIGNMENT = re.compile(
-    r"""(?P<name>[\w.\-+~$@]+)(?P<sign>['"]?\s?=\s?|['"]:\s*)(?P<value>"[^"]*"|'[^']*'|[^\s&,;'"{}\[\]]+)"""
+    r"""(?P<name>(?<![\w.\-+~$@])[\w.\-+~$@]++)(?P<sign>['"]?\s?=\s?|['"]:\s*)(?P<value>"[^"]*"|'[^']*'|[^\s&,;'"{}\[\]]+)"""
 )
 _HEADER = re.compile(
-    r"(?P<name>(?i:[\w-]*authorization|(?:set-)?cookie|x-[\w-]+)|\w+_\w+)(?P<sign>:\s+)(?P<value>(?!\*{3})[^\s,;'\"}\]]+)"
+    r"(?P<name>(?i:(?<![\w-])[\w-]++(?<=authorization)|(?:set-)?cookie|(?<![\w-])(?=[\w-]*?x-[\w-])[\w-]++)"
+    r"|(?<!\w)\w(?=\w*?_\w)\w++)(?P<sign>:\s+)(?P<value>(?!\*{3})[^\s,;'\"}\]]+)"
 )
 _NOT_SECRET = {"null", "None", "none", "true", "false", "FILE", "USER:PASSWORD", "OPENAI_API_KEY"}
 """Values that are choices, and placeholders of help texts."""
 
 _YAML_LINE = re.compile(
-    r"^(?P<name>[ \t-]*\w+)(?P<sign>:[ \t]+)(?P<value>(?!''|\*{3})[^\s#].*?)(?P<comment>[ \t]+#.*)?$", re.MULTILINE
+    r"^(?P<name>[ \t-]*\w+)(?P<sign>:[ \t]+)(?P<value>(?!''|\*{3})[^\s#].*?)(?P<comment>(?<![ \t])[ \t]++#.*)?$",
+    re.MULTILINE,
 )
 
 
@@ -301,7 +304,7 @@ def redact_override(override: str) -> str:
     ('model.hub_token=***', 'task=pope', '+x=***')
     """
     key, equals, value = override.partition("=")
-    inside = re.findall(r"([\w.-]+)['\"]?\s*[:=]", value)
+    inside = re.findall(r"(?<![\w.-])([\w.-]++)['\"]?\s*[:=]", value)
     return f"{key}={MASK}" if equals and any(map(is_secret, (key, *inside))) else redact_text(override)
 
 

@@ -117,6 +117,8 @@ def load_picture(image: Picture) -> Image:
         raise DataError(f"image {image!r:.80} is a web address, and nothing is fetched: download it, and give its path")
     if isinstance(image, str) and image.startswith("data:"):
         raise DataError(f"image {image!r:.80} is a data URI: decode it, and give the bytes of the file")
+    if isinstance(image, str) and len(image) > 4096:
+        raise DataError(f"image {image!r:.80} is no path, it has {len(image):,} characters; give the bytes of the file")
     if isinstance(image, (str, Path)):
         path = Path(image).expanduser()
         image = ImageRef(path.name, path)

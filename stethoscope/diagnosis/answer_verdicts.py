@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.picture_profile import profile_text
-from stethoscope.core.token_table import FeatureSchema
+from stethoscope.core.token_table import FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, with_limit
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 from stethoscope.features import FeatureSet
-from stethoscope.features.columns import feature_of
 from stethoscope.storage.tokens import token_table
 from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
 from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor
@@ -156,7 +155,7 @@ def feature_set(columns: Sequence[str]) -> FeatureSet:
         CapabilityError: a column belongs to no registered feature.
     """
     try:
-        return FeatureSet(groups=(), names=list(dict.fromkeys(map(feature_of, columns))))
+        return FeatureSet(groups=(), names=list(dict.fromkeys(map(stem, columns))))
     except ConfigError as error:
         raise CapabilityError(
             "the detector reads a feature that stethoscope does not compute; add plugins=[...] with the package that "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stethoscope.core.files import append, check_shape, read_jsonl
+from stethoscope.core.files import append, check_shape, read_jsonl, unshare
 from stethoscope.core.system import peak_memory, reset_peak_memory
 from stethoscope.evaluation.callbacks import Callback
 
@@ -61,6 +61,8 @@ class CostMeter(Callback):
         if decoder is not None:
             self._rows = 0
             self._hook = decoder.register_forward_pre_hook(self._count, with_kwargs=True)
+        if run.store is not None:
+            unshare(run.store.run_dir / COSTS)
         reset_peak_memory()
 
     def on_batch_start(self, run: RunState, samples: Sequence[Sample]) -> None:

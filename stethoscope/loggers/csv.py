@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stethoscope.core.files import atomic_write, unshare
 from stethoscope.loggers.base import Logger, flat_settings, plain_table
 
 METRIC_COLUMNS = ("time", "step", "name", "value")
@@ -33,6 +35,7 @@ class CsvLogger(Logger):
         if run_dir is not None:
             self._path = Path(run_dir) / self.folder
             self._path.mkdir(parents=True, exist_ok=True)
+            unshare(self._path / "metrics.csv")
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Write ``settings.csv``, a line per setting by its dotted name."""
@@ -63,6 +66,6 @@ class CsvLogger(Logger):
     def _write(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         if self._path is None:
             return
-        file = self._path / f"{name.replace('/', '-')}.csv"
-        with file.open("w", newline="", encoding="utf-8", errors="backslashreplace") as opened:
-            csv.writer(opened).writerows([columns, *rows])
+        file = io.StringIO(newline="")
+        csv.writer(file).writerows([columns, *rows])
+        atomic_write(self._path / f"{name.replace('/', '-')}.csv", file.getvalue())

@@ -56,6 +56,13 @@ def test_small_files_and_a_home_that_cannot_be_written_to_are_no_trouble(tmp_pat
     monkeypatch.setattr(digests, "MIN_CACHED_BYTES", 1)
     assert cached_digest([file], lambda: "large") == "large"
 
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert cached_digest([file], lambda: "without a home") == "without a home"
+
 
 PACKAGE = {
     "__init__.py": "",

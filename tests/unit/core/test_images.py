@@ -311,7 +311,7 @@ def test_what_every_decoder_shows_alike_is_passed_as_it_is(photo, tmp_path, name
 
 
 @pytest.mark.parametrize(
-    ("image", "message"), [("data:image/png;base64,AAAA", "is a data URI"), ("a" * 9000, "is missing")]
+    ("image", "message"), [("data:image/png;base64,AAAA", "is a data URI"), ("a" * 9000, "is no path, it has 9,000")]
 )
 def test_texts_that_are_no_path_give_one_short_line(image, message):
     with pytest.raises(DataError, match=message) as error:

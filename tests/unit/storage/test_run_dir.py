@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.token_table import KEY_COLUMNS
 from stethoscope.core.types import Answer, Mention, Score
+from stethoscope.evaluation.cost_meter import CostMeter
 from stethoscope.evaluation.evaluator import Evaluator
+from stethoscope.loggers.csv import CsvLogger
 from stethoscope.storage import tokens as tokens_module
 from stethoscope.storage.records import Record
 from stethoscope.storage.reuse import copy_task
@@ -377,7 +379,8 @@ def evaluate(folder, limit=6, **settings):
 def test_a_copy_of_hard_links_is_a_run_of_its_own(tmp_path, overwrite):
     """As ``cp -al`` or a backup makes them, of a run that was killed in the middle of a line."""
     first, copy = tmp_path / "one", tmp_path / "two"
-    evaluate(first, 4)
+    settings = {"callbacks": [CostMeter()], "loggers": [CsvLogger(".")]}
+    evaluate(first, 4, **settings)
     (first / "maps.jsonl").touch()
     with (first / "samples.jsonl").open("a") as file:
         file.write('{"half')
@@ -385,8 +388,9 @@ def test_a_copy_of_hard_links_is_a_run_of_its_own(tmp_path, overwrite):
     for p in first.iterdir():
         if p.is_file():
             os.link(p, copy / p.name)
-    before = {p.name: p.read_bytes() for p in first.iterdir() if p.suffix in (".jsonl", ".parquet", ".json")}
-    evaluate(copy, 8, overwrite=overwrite)
+    before = {p.name: p.read_bytes() for p in first.iterdir() if p.suffix in (".jsonl", ".parquet", ".json", ".csv")}
+    assert {"costs.jsonl", "metrics.csv", "settings.csv"} <= before.keys()
+    evaluate(copy, 8, overwrite=overwrite, **settings)
     assert RunStore(copy).count("tiny") == 8
     assert {name: (first / name).read_bytes() for name in before} == before
 
