@@ -93,14 +93,17 @@ class AttentionGradRecorder(AttentionRecorder):
         if observer is not None and (recomputing or site.role not in observer.roles):
             observer = None
         if torch.is_grad_enabled():
-            causal = mask is None and _is_causal(module, query.shape[2], options)
-            ends = self._visible_ends(module, query, key, mask, options)
-            live = self._live if site.role in ("language", "cross") else None
+            queries, keys = query.shape[2], key.shape[2]
+            causal = mask is None and _is_causal(module, queries, options)
+            shared = causal if mask is None else id(mask), queries, keys  # most layers have the same mask
+            if shared not in self._ends:
+                self._ends[shared] = mask, visible_ends(module, queries, keys, mask, options)
+            ends, live = self._ends[shared][1], self._live if site.role in ("language", "cross") else None
             call = TracedCall(site, module, mask, options, self._receive, ends, live, causal=causal, offset=offset)
             if site.role == "language":
                 call.salient, call.prefix = self._salient, self._prefixes.get(site.name)
                 call.skipped = 0 if call.prefix is None else call.prefix[0].shape[2]
-            call.size, call.keys = query.shape[:2].numel() * sum(ends) * 4, key.shape[2]
+            call.size, call.keys = query.shape[:2].numel() * sum(ends) * 4, keys
             call.keep_map, call.needs_map = self._keep_graphs, observer is not None
             if not (query.requires_grad or key.requires_grad or value.requires_grad):
                 query = query.detach().requires_grad_()
@@ -118,16 +121,6 @@ class AttentionGradRecorder(AttentionRecorder):
             dtype = torch.promote_types(output.dtype, torch.float32)
             self._finite.append((site.name, torch.isfinite(output.detach().sum(dtype=dtype))))
         return output
-
-    def _visible_ends(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
-    ) -> list[int]:
-        """Compute ``visible_ends`` once for every mask, because layers share masks."""
-        queries, keys = query.shape[2], key.shape[2]
-        mask_key = id(mask) if mask is not None else _is_causal(module, queries, options)
-        if (mask_key, queries, keys) not in self._ends:
-            self._ends[mask_key, queries, keys] = mask, visible_ends(module, queries, keys, mask, options)
-        return self._ends[mask_key, queries, keys][1]
 
     def finish(self) -> None:
         if not self.layers.get("language"):

@@ -100,6 +100,7 @@ class PromptPass:
             self.inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
             ids = self.inputs["input_ids"]
             self.length, self.image = ids.shape[1], _image_positions(model, ids)
+            read = {name: value[:, :-1] if value.shape == ids.shape else value for name, value in self.inputs.items()}
             self.recorder = PromptGradRecorder(budget, not recompute)
             self._last: KeysAndValues
             with (
@@ -109,7 +110,7 @@ class PromptPass:
                 suppress(_PromptRead),
             ):
                 self.hidden = captured if states else []
-                model(**_all_but_last(self.inputs), use_cache=False)
+                model(**read, use_cache=False)
         self.layers = tuple(self.recorder.keys_and_values.values())
         self.embeds = captured[0][:, self.image.to(captured[0].device)]
 
@@ -221,12 +222,6 @@ def shares_passes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
     """
     mask = inputs.get("attention_mask")
     return continues(model) and (mask is None or mask.dim() == 2) and not any(name in inputs for name in _WHOLE)
-
-
-def _all_but_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the last token of every input with one entry per token."""
-    shape = inputs["input_ids"].shape
-    return {name: value[:, :-1] if value.shape == shape else value for name, value in inputs.items()}
 
 
 def _image_positions(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -263,6 +263,9 @@ def arrange_patches(
 ) -> tuple[Tensor, Tensor | None]:
     """Order vision tokens as in ``pixel_values``, and shape their patches as tiles.
 
+    Qwen's towers sort patches by window. Their rows of ``pixel_values`` are patches, as many per image token as it
+    merges and in the order of the image tokens; a window keeps the patches of one image token together and in order.
+
     Args:
         config: the model's config.
         inputs: the processor's output for one image.
@@ -272,26 +275,9 @@ def arrange_patches(
     Returns:
         (T, L, M) ordered values, and (T, L, tiles, rows, columns) or None where they form no grid.
     """
-    order = None if alignment is None else _pixel_order(alignment.image, inputs)
-    if order is not None:
-        vision = vision[..., order]
+    if alignment is not None and "image_grid_thw" in inputs:
+        vision = vision[..., alignment.image.argsort(stable=True)]
     return vision, _patch_tiles(config, inputs, vision)
-
-
-def _pixel_order(owner: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the order of the tower's tokens in ``pixel_values``; None where it is the same.
-
-    Qwen's towers sort patches by window. Their rows of ``pixel_values`` are patches, as many per image token as it
-    merges and in the order of the image tokens; a window keeps the patches of one image token together and in order.
-
-    Args:
-        owner: (M,) index of the image token of each vision token; with windows every one has one.
-        inputs: the processor's output for one image.
-
-    Returns:
-        (M,) index of the tower's token for every patch.
-    """
-    return owner.argsort(stable=True) if "image_grid_thw" in inputs else None
 
 
 def _patch_tiles(config: Any, inputs: Mapping[str, Tensor], vision: Tensor) -> Tensor | None:
