@@ -13,7 +13,8 @@ from transformers import DynamicCache
 
 from stethoscope.adapters.cache_columns import join_caches, prompt_columns, split_cache
 from stethoscope.core.types import required
-from stethoscope.relevancy.shared_passes import PrefixCache, continues
+from stethoscope.relevancy.checkpointing import PrefixCache
+from stethoscope.relevancy.shared_passes import continues
 from stethoscope.tracing.attention_recorder import logits_to_keep
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, record
 from stethoscope.tracing.trace import Encoded, PromptCache, Spans
@@ -119,7 +120,7 @@ class ForwardPass:
         spans: of the prompts, in key positions.
         pad_offsets: (B,) key position of every prompt's first token.
         length: number of keys of the sequence that the prompts are in.
-        continued: the pass begins behind the images, after a KV cache.
+        skipped: number of keys before the first query, which are in a KV cache.
     """
 
     inputs: dict[str, Any]
@@ -127,12 +128,7 @@ class ForwardPass:
     spans: list[Spans]
     pad_offsets: list[int]
     length: int
-    continued: bool = False
-
-    @property
-    def skipped(self) -> int:
-        """Number of keys before the first query."""
-        return self.length - self.inputs["input_ids"].shape[1] if self.continued else 0
+    skipped: int = 0
 
 
 class ForwardRunner:
@@ -244,7 +240,7 @@ class ForwardRunner:
         inputs["past_key_values"] = joined
         rows = answer_rows([tail - 1 for tail in tails], [len(ids) for ids in read])
         spans = [prompt.spans.shifted(offset) for prompt, offset in zip(encoded, pad_offsets, strict=True)]
-        return ForwardPass(inputs, rows, spans, pad_offsets, mask.shape[1], True)
+        return ForwardPass(inputs, rows, spans, pad_offsets, mask.shape[1], longest_prefix)
 
     def read_prefixes(self, encoded: Sequence[Encoded], lengths: Sequence[int]) -> list[PromptCache] | None:
         """Run one pass over the first tokens of B prompts of a causal model, and return their KV caches.

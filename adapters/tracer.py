@@ -24,7 +24,8 @@ from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer, required
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_passes, relevancy_from_inputs
-from stethoscope.relevancy.shared_passes import AnswerPass, PrefixCache, PromptPass
+from stethoscope.relevancy.checkpointing import PrefixCache
+from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass
 from stethoscope.tracing.answer_recorder import RecordedRows
 from stethoscope.tracing.attention_recorder import (
     HeadAttentionRecorder,

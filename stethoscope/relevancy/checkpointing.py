@@ -10,7 +10,7 @@ Operations between layers (embeddings, connectors, the head) form an ordinary gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from transformers import DynamicCache
 
 EdgeKey = tuple[Any, int]
 """A node of the graph and the index of its output."""
@@ -225,6 +226,28 @@ class _PendingGradients:
     def _add(self, key: EdgeKey, gradient: Tensor, root_index: int) -> None:
         by_root = self._gradients[key]
         by_root[root_index] = by_root[root_index] + gradient if root_index in by_root else gradient
+
+
+class PrefixCache(DynamicCache):
+    """KV cache of the tokens before a pass. It does not grow, so layers may run again.
+
+    Args:
+        layers: by layer, keys and values (B, key-value heads, prefix, d).
+    """
+
+    def __init__(self, layers: Iterable[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self._prefix = [(keys, values) for keys, values in layers]
+        for index, (keys, values) in enumerate(self._prefix):
+            super().update(keys[:, :, :0], values[:, :, :0], index)
+            self.layers[index].keys, self.layers[index].values = keys, values  # an update would copy them
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the prefix followed by those given, and store nothing."""
+        keys, values = self._prefix[layer_idx]
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 def _edge_key(edge: GradientEdge) -> EdgeKey:

@@ -14,7 +14,7 @@ reach them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
@@ -26,34 +26,13 @@ from transformers.cache_utils import DynamicLayer
 
 from stethoscope.core.errors import DataError
 from stethoscope.relevancy.attention_backward import Receiver
+from stethoscope.relevancy.checkpointing import PrefixCache
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, PromptGradRecorder, Seeds
 from stethoscope.tracing.hooks import AttentionRecorder, record
 from stethoscope.tracing.model_parts import capture_inputs, route_model
 from stethoscope.tracing.trace import CAUSAL
 
 _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
-
-
-class PrefixCache(DynamicCache):
-    """KV cache of the tokens before a pass. It does not grow, so layers may run again.
-
-    Args:
-        layers: by layer, keys and values (B, key-value heads, prefix, d).
-    """
-
-    def __init__(self, layers: Iterable[tuple[Tensor, ...]]) -> None:
-        super().__init__()
-        self._prefix = [(keys, values) for keys, values in layers]
-        for index, (keys, values) in enumerate(self._prefix):
-            super().update(keys[:, :, :0], values[:, :, :0], index)
-            self.layers[index].keys, self.layers[index].values = keys, values  # an update would copy them
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> KeysAndValues:
-        """Return keys and values of the prefix followed by those given, and store nothing."""
-        keys, values = self._prefix[layer_idx]
-        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 class _PromptRead(Exception):
