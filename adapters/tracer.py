@@ -21,7 +21,7 @@ from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
 from stethoscope.adapters.prefill import SMALL_MAPS, Prefill, attention_bytes
 from stethoscope.adapters.prompt_store import BlankPrefixCache, HiddenImageStates, blank_key
 from stethoscope.core.errors import CapabilityError, CaptureError
-from stethoscope.core.types import Answer, required
+from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_passes, relevancy_from_inputs
 from stethoscope.relevancy.checkpointing import PrefixCache
@@ -205,7 +205,8 @@ class Tracer:
     ) -> _Rows:
         """Run the pass over answers whose prompts make one batch, see ``_trace_group``."""
         consuming = not requires.isdisjoint({"heads", "states", "hidden"})
-        graph = required(encoded[0].cache).graph if shares else None
+        cache = encoded[0].cache
+        graph = cache.graph if shares and cache is not None else None
         reads_prompts = graph is None and not requires.isdisjoint(PROMPT_REQUIREMENTS)
         with torch.inference_mode(graph is None):  # gradients need ordinary tensors
             if reads_prompts:
