@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ def check_no_beams(name: str, generation: Generation) -> None:
         )
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Check that a setting of a mitigation is a number within a range.
 
     Args:
@@ -212,6 +213,7 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
 
     >>> check_range("cut.beta", 0.1, 0, 1)
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        limits = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
         raise ConfigError(f"mitigation.{name}={value!r} should be a number {limits}")

@@ -164,7 +164,8 @@ def _edit_sentence(
         out = [index for index in items if index in left]
         if not out or len(out) == len(items):
             continue
-        edit = _shorten_list(text, sentence, spans, items, set(out))
+        edited_to = max((end for _, end, _ in edits), default=sentence.start)
+        edit = _shorten_list(text, sentence, spans, items, set(out), edited_to)
         if edit is None:
             continue
         edits += edit
@@ -202,14 +203,20 @@ def _lists(text: str, sentence: _Sentence, spans: Sequence[Span]) -> Iterator[li
 
 
 def _shorten_list(
-    text: str, sentence: _Sentence, spans: Sequence[Span], items: list[int], out: set[int]
+    text: str, sentence: _Sentence, spans: Sequence[Span], items: list[int], out: set[int], edited_to: int
 ) -> list[tuple[int, int, str]] | None:
-    """Return the edits that leave some items out of a list; None where the rest would not be grammatical."""
-    before = text[sentence.start : spans[items[0]][0]]
-    phrase = _PHRASE_START.search(before)
-    if phrase is None and not _BARE.search(before):
+    """Return the edits that leave some items out of a list; None where the rest would not be grammatical.
+
+    Text before ``edited_to`` belongs to another edit.
+    """
+    first = spans[items[0]][0]
+    mentioned_to = max([sentence.start, *(end for _, end in spans if end <= first)])
+    phrase = _PHRASE_START.search(text, mentioned_to, first)
+    if phrase is None and items[0] not in out:  # "a stove top oven": an earlier mention may be part of one that stays
+        phrase = _PHRASE_START.search(text, edited_to, first)
+    if phrase is None and not _BARE.search(text[sentence.start : first]):
         return None
-    begin = sentence.start + (phrase.start() if phrase else len(before))
+    begin = phrase.start() if phrase else first
     texts, joints, position = [], [], begin
     for index in items:
         if position != begin:

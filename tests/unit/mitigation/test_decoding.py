@@ -179,6 +179,7 @@ def test_sampling_obeys_the_cut():
     [
         (lambda: Cut(beta=2), "mitigation.beta=2 should be a number from 0 to 1"),
         (lambda: FirstLogitBoosting(gamma=-1), "mitigation.gamma=-1 should be a number of at least 0"),
+        (lambda: FirstLogitBoosting(gamma=float("inf")), "mitigation.gamma=inf should be a number of at least 0"),
         (lambda: NoiseContrast(step=1000), "mitigation.step=1000 should be a number from 0 to 999"),
         (lambda: NoImageContrast(alpha="much"), "mitigation.alpha='much' should be a number from 0 to 1"),
         (lambda: Generation(num_beams=2, mitigation=Cut()), "mitigation=cut goes with greedy decoding and sampling"),
