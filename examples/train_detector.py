@@ -7,7 +7,7 @@ The commands `stethoscope evaluate`, `extract` and `train` do the same, and comp
 
 import stethoscope
 from stethoscope.features import FeatureSet
-from stethoscope.metrics.bootstrap import split_groups
+from stethoscope.metrics.bootstrap import split_folds
 from stethoscope.metrics.classification import auroc, ece
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
@@ -17,7 +17,7 @@ features = FeatureSet(groups=["uncertainty", "position", "attention", "lens"])
 stethoscope.Evaluator(batch_size=32, features=features, run_dir="runs/example-chair").run(adapter, Chair(scenes=120))
 
 table = RunStore("runs/example-chair").tokens("chair")  # a row for every token of an answer that names an object
-folds = split_groups(table["group"].to_numpy(dtype=str), {"train": 0.5, "calibration": 0.2, "test": 0.3}, seed=0)
+folds = split_folds(table["group"], (0.5, 0.2, 0.3), seed=0)
 detector = stethoscope.Detector().fit(table[folds["train"]], table[folds["calibration"]])
 
 test = detector.select_mentions(table[folds["test"]])  # a row for every object that is named for the first time

@@ -32,11 +32,10 @@ from stethoscope.detection.published import available_methods, columns_of, score
 from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.features import named_set
 from stethoscope.features.registry import FORWARD
-from stethoscope.metrics.bootstrap import Resamples, group_weights, split_groups
+from stethoscope.metrics.bootstrap import Resamples, group_weights, split_folds
 from stethoscope.storage.run_dir import RunStore
 
 SEED = 777  # of the pictures; those that models are judged on have another
-FOLDS = {"train": 0.5, "calibration": 0.2, "test": 0.3}
 SETS = ("forward", "default")
 SHOWN = ("auroc", "auroc_controlled")
 HELD_OUT = 4  # parts of the objects, each of which is left out once
@@ -57,7 +56,7 @@ def main() -> None:
     probe = train(tokens_of(adapter, learned), presence(learned), options.epochs)
     table["ceiling"] = -present(adapter, probe, table)
     for seed in options.seeds:
-        masks = split_groups(table["group"].to_numpy(dtype=str), FOLDS, seed)
+        masks = split_folds(table["group"], seed=seed)
         folds = {name: table[mask].reset_index(drop=True) for name, mask in masks.items()}
         print(f"split seed {seed}: {folds['test']['group'].nunique()} test images, {len(folds['test'])} mentions")
         compare(folds, seed)

@@ -25,11 +25,10 @@ from stethoscope.detection.published import SELF_VERIFICATION, available_methods
 from stethoscope.detection.score_metrics import control_bins
 from stethoscope.features import named_set
 from stethoscope.metrics import classification
-from stethoscope.metrics.bootstrap import split_groups
+from stethoscope.metrics.bootstrap import split_folds, split_groups
 from stethoscope.storage.run_dir import RunStore
 
 HELD_OUT = 2000  # pictures
-FOLDS = {"train": 0.5, "calibration": 0.2, "test": 0.3}
 COUNTS = (0, 25, 50, 100, 200, 500, 1000)
 RIVALS = ("paper/hidden", "paper/haloprobe")
 SELECTION = {"subtokens": "first", "repeats": "first"}
@@ -48,7 +47,7 @@ def main() -> None:
         pictures = np.random.default_rng(0).permutation(sorted(set(table["group"])))
         test_rows, pictures = table["group"].isin(pictures[:HELD_OUT]).to_numpy(), pictures[HELD_OUT:]
     else:
-        test_rows = split_groups(table["group"].to_numpy(dtype=str), FOLDS, options.split)["test"]
+        test_rows = split_folds(table["group"], seed=options.split)["test"]
         pictures = np.array(sorted(set(table["group"][~test_rows])))
     test, learn = (table[rows].reset_index(drop=True) for rows in (test_rows, ~test_rows))
     methods = {method.name: method for method in available_methods(learn)}

@@ -213,18 +213,18 @@ def print_splits(options: argparse.Namespace) -> None:
     """Train on splits of a run and print a line for every guarantee."""
     from stethoscope.detection.detector import Detector
     from stethoscope.metrics import classification
-    from stethoscope.metrics.bootstrap import split_groups
+    from stethoscope.metrics.bootstrap import split_folds
     from stethoscope.storage.run_dir import RunStore
 
     table = RunStore(options.run).tokens(options.task)
     groups = table["group"].to_numpy(dtype=str)
     calibration = options.images / len(np.unique(groups)) if options.images else 0.2
-    shares = {"train": 0.5, "calibration": calibration, "test": 0.5 - calibration}
+    shares = 0.5, calibration, 0.5 - calibration
     errors: dict[int, list[float]] = {number: [] for number in range(len(PROMISES))}
     recalls: dict[int, list[float]] = {number: [] for number in range(len(PROMISES))}
     refused, calibration_errors = dict.fromkeys(errors, 0), []
     for seed in range(options.splits):
-        folds = split_groups(groups, shares, seed)
+        folds = split_folds(groups, shares, seed)
         for number, promise in enumerate(PROMISES):
             detector = Detector(options.estimator, factored=options.factored, C=1.0, threshold=promise)
             try:

@@ -31,7 +31,7 @@ from stethoscope import testbed
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.shift import ShiftMonitor
 from stethoscope.features.columns import matching_columns
-from stethoscope.metrics.bootstrap import group_weights, split_groups
+from stethoscope.metrics.bootstrap import group_weights, split_folds
 from stethoscope.metrics.classification import ece
 from stethoscope.storage.run_dir import RunStore
 
@@ -156,7 +156,7 @@ def false_alarms(table: pd.DataFrame, detector: Detector, seeds: int = 100, pict
         Share of runs with an alarm, and mean share of flagged pictures.
     """
     rows, alarms, flagged = detector.monitored_mentions(table), [], []
-    rows = rows.assign(score=detector.model.scores(detector._inputs.matrix(rows)))
+    rows = rows.assign(score=detector.model.scores(detector.inputs.matrix(rows)))
     columns = detector.monitor.columns if detector.monitor else ()
     rows = rows.assign(image=rows.groupby("group", sort=False).ngroup())
     for seed in range(seeds):
@@ -183,7 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = {name: make_run(options.out, name, options.scenes, options.home_scenes) for name in options.only}
     table = RunStore(options.home or runs["home"]).tokens("chair")
-    folds = split_groups(table["group"].to_numpy(dtype=str), {"train": 0.5, "calibration": 0.2, "test": 0.3}, 0)
+    folds = split_folds(table["group"])
     detector = Detector(threshold=PROMISE).fit(table[folds["train"]], table[folds["calibration"]])
     if detector.monitor is None:
         raise SystemExit("the home run has too few pictures for a monitor")

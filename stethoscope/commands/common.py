@@ -366,7 +366,7 @@ def keep_detector(
         ConfigError: the one that is there was made with other settings.
     """
     from stethoscope.detection.artifact import MANIFEST, read_manifest
-    from stethoscope.detection.training import FOLDS
+    from stethoscope.metrics.bootstrap import FOLDS
     from stethoscope.storage.run_fingerprint import describe, differences
 
     file, remedy = folder / "detector" / MANIFEST, "delete the folder and train again"

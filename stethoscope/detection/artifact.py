@@ -168,11 +168,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     """
     settings, threshold = manifest["settings"], manifest["threshold"]
     model = (manifest.get("model") or {}).get("model_id", "not known")
-    task = (
-        (manifest.get("task") or {}).get("name", "not known")
-        if isinstance(manifest.get("task"), Mapping)
-        else "not known"
-    )
+    task, _ = _task_of(manifest)
     estimator = settings["estimator"]
     name = estimator["_target_"] if isinstance(estimator, Mapping) else estimator
     kind = f"{name}{', evidence x prior' if settings['factored'] else ''}, {settings['calibration']}"
@@ -209,6 +205,15 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _task_of(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """Return name and source of the task that a detector learned from, as far as the manifest tells."""
+    task = manifest.get("task")
+    facts = task if isinstance(task, Mapping) else {}
+    settings = facts.get("settings")
+    source = settings.get("source") if isinstance(settings, Mapping) else None
+    return str(facts.get("name") or "not known"), str(source or "")
+
+
 HUB_METRICS = {
     "auroc": ("roc_auc", "AUROC"),
     "auprc_hallucinated": ("average_precision", "AP, hallucinated"),
@@ -225,10 +230,7 @@ def card_header(manifest: Mapping[str, Any]) -> str:
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    task, model = manifest.get("task") or {}, str((manifest.get("model") or {}).get("model_id") or "")
-    name = str(task.get("name") or "not known") if isinstance(task, Mapping) else "not known"
-    settings = task.get("settings") if isinstance(task, Mapping) else None
-    source = str(settings.get("source") or "") if isinstance(settings, Mapping) else ""
+    model, (name, source) = str((manifest.get("model") or {}).get("model_id") or ""), _task_of(manifest)
     figures = manifest.get("figures") or {}
     results = [
         EvalResult(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import OneHotEncoder, SplineTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, SplineTransformer, StandardScaler
 
 from stethoscope.core.errors import ArtefactError, DataError
 from stethoscope.core.token_table import MentionSelection, Repeats, Subtokens, mention_rows, require
@@ -66,21 +66,17 @@ class _FromKeys:
         self.selection = MentionSelection(repeats=repeats, subtokens=subtokens)
         self._model: CalibratedModel | None = None
 
-    def _learn_inputs(self, rows: pd.DataFrame) -> None:
+    def _fit_inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        """Learn the inputs and return those of the training rows."""
         position = _position(rows)
         knots = np.unique(np.quantile(position, np.linspace(0, 1, KNOTS)))[:, None]
         # yes/no answers all have one position, to which no spline can be fitted
-        spline = SplineTransformer(knots=knots, extrapolation="constant")
-        self._spline = spline.fit(position) if len(knots) > 1 else None
+        constant = FunctionTransformer(np.zeros_like)
+        self._spline = SplineTransformer(knots=knots, extrapolation="constant") if len(knots) > 1 else constant
+        return self._spline.fit_transform(position)
 
     def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        position = _position(rows)
-        return np.zeros_like(position) if self._spline is None else self._spline.transform(position)
-
-    def _training_inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        """Learn the inputs and return those of the training rows."""
-        self._learn_inputs(rows)
-        return self._inputs(rows)
+        return self._spline.transform(_position(rows))
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> _FromKeys:
         """Fit on the judged rows and calibrate (Platt) on the judged rows of other images.
@@ -91,7 +87,7 @@ class _FromKeys:
         train = mention_rows(train, **self.selection)
         require(train, ("group", *self.columns))
         check_labels(train["label"].to_numpy(), "training")
-        examples, held_out = Examples.of(self._training_inputs(train), train), None
+        examples, held_out = Examples.of(self._fit_inputs(train), train), None
         if calibration is not None:
             calibration = mention_rows(calibration, **self.selection)
             held_out = Examples.of(self._inputs(calibration), calibration)
@@ -109,7 +105,7 @@ class _FromKeys:
         if self._model is None:
             raise ArtefactError(f"the {type(self).__name__} baseline was not fitted")
         require(table, self.columns)
-        return self._model.predict(self._inputs(table))
+        return self._model.predict(self._inputs(table)) if len(table) else np.zeros(0)
 
 
 class PositionOnly(_FromKeys):
@@ -130,20 +126,15 @@ class TextPrior(_FromKeys):
 
     columns = ("token", "repeat_index", *COLUMNS)
 
-    def _learn_inputs(self, rows: pd.DataFrame) -> None:
-        super()._learn_inputs(rows)
-        self._encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(_categories(rows))
-
-    def _training_inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        self._learn_inputs(rows)
+    def _fit_inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        self._encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
         self._cooccurrence = CoOccurrence()
-        return self._join(rows, self._cooccurrence.fit_transform(rows))
+        steps = (self._encoder.fit_transform(_categories(rows)), self._cooccurrence.fit_transform(rows))
+        return np.hstack([super()._fit_inputs(rows), *steps])
 
     def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        return self._join(rows, self._cooccurrence.transform(rows))
-
-    def _join(self, rows: pd.DataFrame, shifts: np.ndarray) -> np.ndarray:
-        return np.hstack([super()._inputs(rows), self._encoder.transform(_categories(rows)), shifts])
+        steps = (self._encoder.transform(_categories(rows)), self._cooccurrence.transform(rows))
+        return np.hstack([super()._inputs(rows), *steps])
 
 
 def _position(rows: pd.DataFrame) -> np.ndarray:

@@ -18,8 +18,7 @@ from stethoscope.detection.evidence_prior import EXTERNAL, Factored, external_co
 from stethoscope.detection.hidden_probe import COLUMNS as HIDDEN_COLUMNS
 from stethoscope.detection.hidden_probe import TEACHER, Probed
 from stethoscope.detection.visual_consistency import COLUMNS, FEATURE, VisualConsistency
-from stethoscope.features import FEATURES
-from stethoscope.features.columns import feature_of
+from stethoscope.features.columns import feature_of, group_of
 
 RARE = 5
 """Mentions that an object needs in training to get a category of its own."""
@@ -160,8 +159,7 @@ def is_hidden(column: str) -> bool:
     >>> is_hidden("hidden_last_q_d0003"), is_hidden("nll")
     (True, False)
     """
-    known = FEATURES.get(feature_of(column))
-    return known is not None and known.group == "hidden"
+    return group_of(column) == "hidden"
 
 
 def frequent_objects(rows: pd.DataFrame) -> tuple[str, ...]:

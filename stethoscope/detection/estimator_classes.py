@@ -54,10 +54,10 @@ class Clip(TransformerMixin, BaseEstimator):
         return np.clip(X, self.low_, self.high_)
 
 
-def preparation() -> list[tuple[str, TransformerMixin]]:
-    """Create the steps before a classifier: median imputation with indicators, clipping, standardisation."""
+def preparation(indicators: bool = True) -> list[tuple[str, TransformerMixin]]:
+    """Create the steps before a classifier: median imputation, perhaps with indicators, clipping, standardisation."""
     return [
-        ("impute", SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True)),
+        ("impute", SimpleImputer(strategy="median", add_indicator=indicators, keep_empty_features=True)),
         ("clip", Clip()),
         ("scale", StandardScaler()),
     ]

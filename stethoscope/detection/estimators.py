@@ -38,7 +38,18 @@ INNER_FOLDS, DRAFT_FOLDS = 5, 2
 ENOUGH_IMAGES = 10  # of each class; with fewer, inner folds may lack a class and the choice of C would be noise
 
 
-class Network(MLPClassifier):
+class Perceptron(MLPClassifier):
+    """A multi-layer perceptron of rectified units that gives log-odds."""
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Compute the log-odds of the second class, (rows,)."""
+        layers = list(zip(self.coefs_, self.intercepts_, strict=True))
+        for weights, bias in layers[:-1]:
+            X = np.maximum(X @ weights + bias, 0)
+        return (X @ layers[-1][0] + layers[-1][1])[:, 0]
+
+
+class Network(Perceptron):
     """A network of one hidden layer, fitted by L-BFGS with a deliberately limited number of steps."""
 
     def __init__(self, neurons: int = NEURONS, alpha: float = 10.0, max_iter: int = 200, random_state: int = 0) -> None:
@@ -52,9 +63,8 @@ class Network(MLPClassifier):
             return super().fit(X, y, sample_weight=sample_weight)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Compute the log-odds of the second class, (rows,)."""
-        hidden = np.maximum(X @ self.coefs_[0] + self.intercepts_[0], 0)
-        return np.clip((hidden @ self.coefs_[1] + self.intercepts_[1])[:, 0], -MAX_LOG_ODDS, MAX_LOG_ODDS)
+        """Compute the log-odds of the second class, (rows,), which are cut off as in the compiled form."""
+        return np.clip(super().decision_function(X), -MAX_LOG_ODDS, MAX_LOG_ODDS)
 
 
 def make_estimator(kind: str | Mapping[str, Any], seed: int = 0) -> BaseEstimator:

@@ -44,14 +44,6 @@ class Explanation:
         return [(str(values.index[index]), float(values.iloc[index])) for index in order]
 
 
-def feature_contributions(terms: np.ndarray, names: Sequence[str], evidence: np.ndarray, scale: float) -> pd.DataFrame:
-    """Scale the terms of the first columns and add ``REST``, so that every row sums to its evidence."""
-    own = scale * terms[:, : len(names)]
-    frame = pd.DataFrame(own, columns=list(names))
-    frame[REST] = evidence - own.sum(axis=1)
-    return frame
-
-
 def explanation(
     fitted: CalibratedModel, matrix: np.ndarray, probability: np.ndarray, names: Sequence[str], base_rate: float
 ) -> Explanation:
@@ -79,6 +71,8 @@ def explanation(
         prior = np.full(len(matrix), logit(base_rate))
         evidence = slope * model.decision_function(matrix) + intercept - prior
         scale = slope
-    terms = model.terms(matrix) if isinstance(model, LinearClassifier) else None
-    contributions = None if terms is None else feature_contributions(terms, names, evidence, scale)
+    if not isinstance(model, LinearClassifier):
+        return Explanation(probability, evidence, prior)
+    own = scale * model.terms(matrix)[:, : len(names)]
+    contributions = pd.DataFrame(own, columns=list(names)).assign(**{REST: evidence - own.sum(axis=1)})
     return Explanation(probability, evidence, prior, contributions)

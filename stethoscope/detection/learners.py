@@ -23,11 +23,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
-from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
@@ -35,7 +32,8 @@ from stethoscope.core.token_table import MentionSelection, feature_matrix, menti
 from stethoscope.detection.baselines import Predictor
 from stethoscope.detection.calibrated_model import check_labels, fit_platt
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.estimator_classes import Clip
+from stethoscope.detection.estimator_classes import preparation
+from stethoscope.detection.estimators import Perceptron
 from stethoscope.detection.evidence_prior import balance
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.features.columns import feature_of
@@ -84,7 +82,7 @@ class NetworkSettings:
         return cls(**values)
 
 
-class AdamNetwork(MLPClassifier):
+class AdamNetwork(Perceptron):
     """A multi-layer perceptron (rectified units, cross-entropy) after a fixed number of epochs of Adam.
 
     Args:
@@ -114,13 +112,6 @@ class AdamNetwork(MLPClassifier):
             warnings.simplefilter("ignore", ConvergenceWarning)
             warnings.filterwarnings("ignore", message=".*batch_size")  # fewer mentions than a batch
             return super().fit(X, y, sample_weight=sample_weight)
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Compute the log-odds of the second class, (rows,)."""
-        layers = list(zip(self.coefs_, self.intercepts_, strict=True))
-        for weights, bias in layers[:-1]:
-            X = np.maximum(X @ weights + bias, 0)
-        return (X @ layers[-1][0] + layers[-1][1])[:, 0]
 
 
 class CalibratedLearner:
@@ -196,12 +187,12 @@ class NetworkLearner(CalibratedLearner):
         check_labels(labels, "training")
         weights = np.ones(len(labels))
         if self.external:
-            self._prior = _pipeline(LogisticRegression(C=1e6, max_iter=2000))
+            self._prior = Pipeline([*preparation(False), ("classify", LogisticRegression(C=1e6, max_iter=2000))])
             external = feature_matrix(train, self.external)
             weights = balance(self._prior.fit(external, labels).decision_function(external), labels)
         elif self.settings.class_weights:
             weights = 1 / np.where(labels == 1, labels.mean(), 1 - labels.mean())
-        self._evidence = _pipeline(AdamNetwork(self.settings, self.seed))
+        self._evidence = Pipeline([*preparation(False), ("classify", AdamNetwork(self.settings, self.seed))])
         self._evidence.fit(matrix, labels, classify__sample_weight=weights / weights.mean())
         self.calibrate(calibration)
         return self
@@ -259,12 +250,6 @@ class LayerNetworks(CalibratedLearner):
     def scores(self, table: pd.DataFrame) -> np.ndarray:
         """Compute the log-odds of the mean probability of hallucination before calibration, (rows,)."""
         return logit(np.mean([expit(network.scores(table)) for network in self.networks], 0).clip(1e-12, 1 - 1e-12))
-
-
-def _pipeline(classifier: LogisticRegression | MLPClassifier) -> Pipeline:
-    """Build the steps before a classifier: medians for gaps, clipping, standardisation."""
-    impute = SimpleImputer(strategy="median", keep_empty_features=True)
-    return Pipeline([("impute", impute), ("clip", Clip()), ("scale", StandardScaler()), ("classify", classifier)])
 
 
 def make_learner(

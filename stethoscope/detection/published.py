@@ -9,7 +9,7 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +90,9 @@ def available_methods(table: pd.DataFrame) -> list[Method]:
     columns = [name for name in feature_names(table) if table[name].notna().any()]
     columns += [name for name, same in EQUIVALENT.items() if name not in columns and same in columns]
     methods = []
-    for name in set_names():
-        features = named_set(name) if name.startswith(PREFIX) else None
-        own = columns_of(features, columns) if features else ()
-        if features is None or {feature_of(column) for column in own} != set(features.names):
+    for name, features in _published_sets():
+        own = columns_of(features, columns)
+        if {feature_of(column) for column in own} != set(features.names):
             continue
         score = tuple(column for column in own if feature_of(column) == features.score)
         own, score = (
@@ -111,8 +110,12 @@ def left_out(methods: Sequence[Method]) -> tuple[str, ...]:
     True
     """
     measured = {method.name for method in methods}
-    sets = ((name, named_set(name)) for name in set_names() if name.startswith(PREFIX) and name not in measured)
-    return tuple(name for name, features in sets if features.cost == FORWARD)
+    return tuple(name for name, features in _published_sets() if features.cost == FORWARD and name not in measured)
+
+
+def _published_sets() -> Iterator[tuple[str, FeatureSet]]:
+    """Yield name and features of every published detector."""
+    return ((name, named_set(name)) for name in set_names() if name.startswith(PREFIX))
 
 
 def refits(detector: Detector, names: Sequence[str], columns: Sequence[str]) -> dict[str, Detector]:

@@ -288,8 +288,10 @@ def certify(
     count = _accepted(step.ravel(), index[at_risk], n_at_risk, guarantee, limit, mean)
     if count < 0:
         raise DataError(_too_few(guarantee, n_at_risk, _limits(reference, guarantee.per_image)[0]))
-    threshold = _between(side * scores, -bolder, count)
-    flagged = side * scores >= threshold
+    oriented, first_error = side * scores, -bolder[count]
+    above = oriented[oriented > first_error]  # halfway to the first error not allowed, so that rounding cannot decide
+    threshold = float((first_error + above.min()) / 2) if above.size else math.inf
+    flagged = oriented >= threshold
     if not (flagged & ~at_risk).any():
         raise DataError(
             f"{guarantee}: only a useless threshold meets that on {len(n_at_risk)} calibration images, because the "
@@ -336,13 +338,6 @@ def _accepted(
         if refused.any():
             return start + int(np.argmax(refused)) - 1
     return total
-
-
-def _between(oriented: np.ndarray, errors_sorted: np.ndarray, count: int) -> float:
-    """Return the middle between the first error not allowed and the next higher score, safe from rounding."""
-    below = errors_sorted[count]
-    above = oriented[oriented > below]
-    return float((below + above.min()) / 2) if above.size else math.inf
 
 
 def images_needed(n_at_risk: np.ndarray, guarantee: RiskGuarantee, limit: int) -> int | None:

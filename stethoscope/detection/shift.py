@@ -280,11 +280,10 @@ class ShiftMonitor:
 
     def _views_of(self, mentions: pd.DataFrame, owners: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the rows of every view and the answer of each row."""
-        answer, picture = feature_matrix(mentions, self.columns), np.full((0, LENGTH), np.nan)
         first = np.unique(owners, return_index=True)[1]
         texts = mentions["picture"].to_numpy()[first] if "picture" in mentions else np.full(len(first), "")
-        picture = read_profiles(list(texts))
-        return {"answer": (answer, owners), "picture": (picture, np.arange(len(first)))}
+        pictures = read_profiles(list(texts)), np.arange(len(first))
+        return {"answer": (feature_matrix(mentions, self.columns), owners), "picture": pictures}
 
     def _distances(self, mentions: pd.DataFrame) -> dict[str, np.ndarray]:
         """Compute the distance of every answer by view, in order of first appearance."""

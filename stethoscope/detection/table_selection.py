@@ -24,8 +24,7 @@ from stethoscope.detection.design_matrix import Inputs, is_hidden
 from stethoscope.detection.estimator_classes import check_estimator
 from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.visual_consistency import FEATURE
-from stethoscope.features import FEATURES
-from stethoscope.features.columns import feature_of
+from stethoscope.features.columns import feature_of, group_of
 
 LABELS = ("all", "few", "none")
 CHOICES = {
@@ -165,7 +164,7 @@ class Selection:
         names = feature_names(table)
         if not any(map(is_hidden, read)):
             return FeatureSchema(names)
-        return FeatureSchema(tuple(name for name in names if name in read or not _is_verification(name)))
+        return FeatureSchema(tuple(name for name in names if name in read or group_of(name) != "verification"))
 
     def inputs(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
         """Select the columns of the design matrix.
@@ -184,9 +183,3 @@ class Selection:
         if not inputs.without_evidence:
             raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
         return replace(inputs, features=inputs.without_evidence)
-
-
-def _is_verification(column: str) -> bool:
-    """Return whether a column belongs to the model's self-verification, which costs a question per mention."""
-    feature = FEATURES.get(feature_of(column))
-    return feature is not None and feature.group == "verification"

@@ -244,7 +244,10 @@ class TextOnlyDetector:
 
         Raises:
             ArtefactError: it was not fitted.
+            DataError: a single text is given, whose characters would be read as captions.
         """
+        if isinstance(captions, str):
+            raise DataError("captions should be texts in a list or the like; predict_one judges a single caption")
         remaining = iter(captions)
         while batch := [read_caption(caption) for caption in islice(remaining, BATCH)]:
             probabilities, start = self.predict_objects(batch).tolist(), 0

@@ -18,17 +18,15 @@ from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.detection.published import refits
 from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.detection.transfer import Target, transfer
-from stethoscope.features import FEATURES
-from stethoscope.features.columns import feature_of
+from stethoscope.features.columns import group_of
 from stethoscope.metrics import classification
-from stethoscope.metrics.bootstrap import REPLICATES, group_weights, split_groups
+from stethoscope.metrics.bootstrap import REPLICATES, group_weights, split_folds
 
 if TYPE_CHECKING:
     from stethoscope.storage.run_dir import RunStore
 
 SECTION = "detector"
 """Section of ``metrics.json``, and of ``status.json`` while detector, figures and warnings do not fit."""
-FOLDS = ("train", "calibration", "test")
 ABLATED = ("auroc", "auroc_controlled")
 Progress = Callable[[str], None]
 
@@ -77,12 +75,13 @@ def train_detector(
         The detector, the results, and the folds.
 
     Raises:
-        ConfigError: fractions do not add up to 1, a feature name fits nothing, or detectors select different rows.
+        ConfigError: fractions are not three that add up to 1, a feature name fits nothing, or detectors select
+            different rows.
         DataError: a fold is too small to learn from, to measure on, or to guarantee a threshold.
     """
     require(table, ("group", "token", "object", "mention_index"))
     report = progress or (lambda line: None)
-    folds = split_groups(table["group"].to_numpy(dtype=str), dict(zip(FOLDS, fractions, strict=True)), seed)
+    folds = split_folds(table["group"], fractions, seed)
     others = {**(compare_with or {}), **refits(detector, sets, feature_names(table))}
     detectors = {"detector": detector, **others}
     if len(detectors) <= len(others):
@@ -169,8 +168,7 @@ def feature_groups(columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """
     groups: dict[str, tuple[str, ...]] = {}
     for column in columns:
-        name = feature_of(column)
-        group = FEATURES[name].group if name in FEATURES else "other"
+        group = group_of(column) or "other"
         groups[group] = (*groups.get(group, ()), column)
     return groups
 
@@ -201,22 +199,23 @@ def ablate(
         DataError: the test fold lacks hallucinated or grounded mentions.
     """
     groups = feature_groups(detector.features)
+    if len(groups) < 2:
+        return ()
     test = detector.select_mentions(table[folds["test"]])
     if test["label"].nunique() < 2:
         raise DataError("the test fold lacks hallucinated or grounded mentions: run the task on more samples")
     scores = {"detector": detector.predict(test)}
     for group, columns in groups.items():
-        if len(groups) > 1:
-            progress(f"fitting without {group} ({len(columns)} columns)")
-            remaining = [name for name in detector.features if name not in columns]
-            settings = {**detector.settings, "features": remaining, "exclude": [], "threshold": "f1"}
-            refitted = Detector(**settings).fit(table[folds["train"]], table[folds["calibration"]])
-            scores[f"without {group}"] = refitted.predict(test)
+        progress(f"fitting without {group} ({len(columns)} columns)")
+        remaining = [name for name in detector.features if name not in set(columns)]
+        settings = {**detector.settings, "features": remaining, "exclude": [], "threshold": "f1"}
+        refitted = Detector(**settings).fit(table[folds["train"]], table[folds["calibration"]])
+        scores[f"without {group}"] = refitted.predict(test)
     resamples = group_weights(test["group"].to_numpy(dtype=str), replicates, seed)
     figures = evaluate_scores(test, scores, resamples)
     return tuple(
         Ablation(group, len(columns), Difference.of("detector", f"without {group}", metric, gain, resamples))
-        for group, columns in (groups.items() if len(groups) > 1 else ())
+        for group, columns in groups.items()
         for metric in ABLATED
         for gain in [figures["detector", metric] - figures[f"without {group}", metric]]
     )
@@ -257,7 +256,7 @@ def fit(
     if table.empty:
         raise missing_rows_error(store, task)
     if detector.settings["labels"] == "none" and not (table["label"] >= 0).any():
-        folds = split_groups(table["group"].to_numpy(dtype=str), dict(zip(FOLDS, shares, strict=True)), seed)
+        folds = split_folds(table["group"], shares, seed)
         detector.fit(table[~folds["calibration"]], table[folds["calibration"]])
         _save(store, task, detector, table, folds)
         return None

@@ -13,7 +13,7 @@ from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, un
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.features.columns import check_same_model, matching_columns
-from stethoscope.metrics.bootstrap import REPLICATES, group_weights, split_groups
+from stethoscope.metrics.bootstrap import REPLICATES, group_weights, split_folds
 
 MEASURED = ("auroc", "auroc_controlled", "auprc_hallucinated", "ece", "brier", "base_rate")
 TRANSFERRED, RETRAINED, IN_SOURCE = "transferred", "trained there", "at home"
@@ -88,7 +88,7 @@ def transfer(
     rows = [_evaluate(source, {IN_SOURCE: detector}, fractions, seed, replicates)]
     for target in targets:
         table = matching_columns(target.table, detector.schema.names, target.name)
-        folds = _folds(table, fractions, seed)
+        folds = split_folds(table["group"], fractions, seed)
         own = Detector(**{**detector.settings, "threshold": "f1"})
         try:
             own.fit(table[folds["train"]], table[folds["calibration"]])
@@ -99,18 +99,13 @@ def transfer(
     return rows
 
 
-def _folds(table: pd.DataFrame, fractions: Sequence[float], seed: int) -> dict[str, np.ndarray]:
-    names = dict(zip(("train", "calibration", "test"), fractions, strict=True))
-    return split_groups(table["group"].to_numpy(dtype=str), names, seed)
-
-
 def _evaluate(
     target: Target, detectors: Mapping[str, Detector], fractions: Sequence[float], seed: int, replicates: int
 ) -> dict[str, Any]:
     """Compute all figures on the test images of one run."""
     first = next(iter(detectors.values()))
-    folds = _folds(target.table, fractions, seed)
-    test = first.select_mentions(target.table[folds["test"]])
+    table = target.table[split_folds(target.table["group"], fractions, seed)["test"]]
+    test = first.select_mentions(table)
     if test["label"].nunique() < 2:
         raise DataError(
             f"{target.name} has {len(test)} judged mentions in its test images, not hallucinated and grounded ones: "
@@ -128,7 +123,7 @@ def _evaluate(
     for name in detectors:
         row[name] = {metric: resamples.interval(figures[name, metric]).to_dict() for metric in MEASURED}
     if len(detectors) > 1:
-        shift = first.shift(target.table[folds["test"]])
+        shift = first.shift(table)
         row["shift"] = "" if shift is None else shift.sentence
         gains = {metric: figures[TRANSFERRED, metric] - figures[RETRAINED, metric] for metric in MEASURED[:-1]}
         row["difference"] = {

@@ -30,6 +30,16 @@ def feature_of(column: str) -> str:
     return name or column
 
 
+def group_of(column: str) -> str:
+    """Return the group of the feature that a column belongs to; empty if no feature is known.
+
+    >>> group_of("attn_image_l00"), group_of("mine")
+    ('attention', '')
+    """
+    feature = FEATURES.get(feature_of(column))
+    return "" if feature is None else feature.group
+
+
 def keep_columns(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     """Keep the key columns of a table and some feature columns, in their order."""
     kept = {*KEY_COLUMNS, *names}

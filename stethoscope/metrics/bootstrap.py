@@ -28,6 +28,8 @@ Name = TypeVar("Name", bound=Hashable)
 REPLICATES = 1000
 MIN_IMAGES = 10
 """Images from which an interval or a p-value is given; resamples of fewer are too much alike to say how sure it is."""
+FOLDS = ("train", "calibration", "test")
+"""Folds of a token table: to learn from, to calibrate and choose the threshold on, and to measure on."""
 CHUNK = 100  # replicates at a time: few enough for the weights of some thousand items to stay in the cache
 
 
@@ -349,3 +351,21 @@ def split_groups(
     uniform = np.array([int.from_bytes(digest, "big") / 2**56 for digest in hashes])
     fold = np.searchsorted(np.cumsum(shares)[:-1], uniform, side="right")[index.ravel()]
     return {name: fold == index for index, name in enumerate(fractions)}
+
+
+def split_folds(
+    groups: Sequence[str] | np.ndarray | pd.Series, shares: Sequence[float] = (0.5, 0.2, 0.3), seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Split items into ``FOLDS`` by image; see ``split_groups``.
+
+    Args:
+        groups: (n,) image ids.
+        shares: of the images, for each fold.
+        seed: another seed gives another split.
+
+    Raises:
+        ConfigError: there are not three shares, one is negative, or they do not add up to 1.
+    """
+    if len(shares) != len(FOLDS):
+        raise ConfigError(f"split fractions {list(shares)} should be three, for {', '.join(FOLDS)}")
+    return split_groups(np.asarray(groups, dtype=str), dict(zip(FOLDS, shares, strict=True)), seed)

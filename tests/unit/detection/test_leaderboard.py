@@ -161,6 +161,17 @@ def test_baselines_that_cannot_learn_say_so():
     assert math.isnan(Constant().predict(first)[0])
 
 
+def test_baselines_of_no_mention_have_no_probability():
+    table = token_table(40)
+    for baseline in baselines().values():
+        assert baseline.fit(table).predict(table[:0]).shape == (0,)
+
+
+def test_shares_of_two_folds_are_refused():
+    with pytest.raises(ConfigError, match=r"\[0\.5, 0\.5\] should be three, for train, calibration, test"):
+        train_detector(token_table(40), Detector(), (0.5, 0.5))
+
+
 def test_a_test_fold_of_one_kind_is_refused():
     folds = split_groups(TABLE["group"].to_numpy(str), FRACTIONS)
     one_kind = TABLE.assign(label=np.where(folds["test"] & (TABLE["label"] == 1), -1, TABLE["label"]))

@@ -130,6 +130,11 @@ def test_what_cannot_be_learned_from_is_named(texts, truths, groups, words):
         TextOnlyDetector().fit(texts, truths, list(groups))
 
 
+def test_a_single_text_is_no_list_of_captions():
+    with pytest.raises(DataError, match="predict_one judges a single caption"):
+        list(TextOnlyDetector.load().predict("A dog."))
+
+
 def test_an_unfitted_detector_says_so(tmp_path):
     with pytest.raises(ArtefactError, match="not fitted"):
         TextOnlyDetector().predict_one("a dog")
