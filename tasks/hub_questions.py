@@ -226,12 +226,19 @@ class HubChoice(HubQuestions):
         letter = choice.bare_letter(str(label))
         if letter in options:
             return letter
+        by_number = list(options)[number] if 0 <= number < len(options) else None
+        shown_label = f"{row.origin}: {self.columns['label']} {shown(label)}"
+        if len(by_text) == 1 and by_number not in (None, by_text[0]):  # the options are numbers themselves
+            raise DataError(
+                f"{shown_label} is the text of option {by_text[0]} and the number of option {by_number}, counted from "
+                "0; it should be a letter"
+            )
         if len(by_text) == 1:
             return by_text[0]
-        if 0 <= number < len(options):
-            return list(options)[number]
+        if by_number is not None:
+            return by_number
         raise DataError(
-            f"{row.origin}: {self.columns['label']} {shown(label)} should be one of the letters {''.join(options)}, a "
+            f"{shown_label} should be one of the letters {''.join(options)}, a "
             f"number from 0 to {len(options) - 1}, or the text of an option"
         )
 

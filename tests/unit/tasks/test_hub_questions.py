@@ -129,6 +129,14 @@ def test_a_column_for_every_option_and_the_right_ones_text(tmp_path, pictures):
     assert [sample.reference["label"] for sample in task.samples()] == ["B", "A", "B"]
 
 
+@pytest.mark.parametrize("label", [2, "2"])
+def test_a_number_that_is_an_options_text_too_is_refused(tmp_path, pictures, label):
+    rows = 3 * [{"question": "How many?", "A": "1", "B": "2", "C": "3", "answer": label}]
+    folder = write_split(tmp_path / "hub", rows, pictures, "test")
+    with pytest.raises(DataError, match=r"answer '?2'? is the text of option B and the number of option C"):
+        HubChoice(dataset=str(folder), label="answer", options=["A", "B", "C"]).setup()
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
