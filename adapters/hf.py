@@ -301,10 +301,13 @@ class HfAdapter(Adapter):
         KV caches, only their last tokens are read.
 
         Raises:
-            ConfigError: the first argument is no list of prompts.
+            ConfigError: the first argument is no list of prompts, or the second no ``Generation``.
         """
         if not isinstance(encoded, Sequence) or isinstance(encoded, str):
             raise ConfigError(f"generate takes a list of prompts, [prompt], got {type(encoded).__name__}")
+        for prompt in encoded:
+            if not isinstance(prompt, Encoded):
+                raise ConfigError(f"generate takes prompts as encode returns them, got {type(prompt).__name__}")
         generation = with_limit(generation)
         return self._answers(encoded, generation, return_cache=False)[0]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import file_digest, pixel_digest, read_image, rgb
+from stethoscope.core.text import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -231,7 +232,12 @@ def with_limit(generation: Generation | None = None) -> Generation:
 
     >>> with_limit().max_new_tokens, with_limit(Generation(max_new_tokens=8)).max_new_tokens
     (128, 8)
+
+    Raises:
+        ConfigError: it is no ``Generation``.
     """
+    if generation is not None and not isinstance(generation, Generation):
+        raise ConfigError(f"generation should be a Generation(max_new_tokens=...), got {type(generation).__name__}")
     generation = generation or Generation()
     return replace(generation, max_new_tokens=128) if generation.max_new_tokens is None else generation
 
@@ -267,6 +273,10 @@ class Answer:
             )
         if self.argmax is not None and len(self.argmax) != len(self.token_ids):
             raise ValueError(f"argmax and token_ids differ in length: {len(self.argmax)}, {len(self.token_ids)}")
+
+    def __repr__(self) -> str:
+        """Return the text and the number of tokens, not the tokens themselves."""
+        return f"Answer({self.text!r}, {counted(len(self.token_ids), 'token')}{'' if self.finished else ', cut off'})"
 
     @property
     def tokens(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
+from stethoscope.core.types import Answer
 from stethoscope.relevancy.backward_pass import BackwardPass
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, default_budget
 from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.core.types import Answer
     from stethoscope.tracing.trace import Encoded
 
 SCOPES = ("row", "token")
@@ -369,11 +369,14 @@ def token_relevancy(
     Raises:
         CapabilityError: the adapter has no transformers model, or its kind is not supported, or there is a history and
             the model is asked one question at a time.
+        ConfigError: the answer is neither a text nor an ``Answer``.
         ConfigError, DataError, CaptureError: as ``relevancy_from_inputs``.
     """
     encoded = adapter.encode_as("question", image, question, history)
     if isinstance(answer, str):
         answer = adapter.answer(encoded, answer)
+    elif not isinstance(answer, Answer):
+        raise ConfigError(f"answer should be a text or an Answer of the model, got {type(answer).__name__}")
     return answer_relevancy(adapter, encoded, answer, scope=scope, **options)
 
 

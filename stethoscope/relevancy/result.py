@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError, DataError
+from stethoscope.core.text import counted
 from stethoscope.tracing.attention_recorder import logits_to_keep
 
 
@@ -54,7 +55,7 @@ class Relevancy:
     saliency: Tensor | None = None
 
     def __repr__(self) -> str:
-        return f"Relevancy({len(self.tokens)} answer tokens, {len(self.image_positions)} image tokens)"
+        return f"Relevancy({counted(len(self.tokens), 'answer token')}, {len(self.image_positions)} image tokens)"
 
     @property
     def patches(self) -> Tensor | None:

@@ -7,6 +7,7 @@ import pytest
 import stethoscope
 from stethoscope import testbed
 from stethoscope.core.errors import StethoscopeError
+from stethoscope.relevancy import token_relevancy
 
 QUESTION = "Is there a dog in the image?"
 
@@ -44,13 +45,18 @@ def test_reprs_are_short(adapter, picture):
     assert repr(prompt) == f"Encoded({QUESTION!r}, 79 tokens, 64 of them image)"
     assert repr(adapter.trace(prompt, answer)).startswith("Trace('No', logits, mass, ")
     relevancy = stethoscope.diagnose(adapter, picture, QUESTION).relevancy
-    assert repr(relevancy) == "Relevancy(1 answer tokens, 64 image tokens)"
+    assert repr(relevancy) == "Relevancy(1 answer token, 64 image tokens)"
+    assert repr(answer) == "Answer('No', 1 token)"
+    assert repr(answer.until(0)) == "Answer('', 0 tokens, cut off)"
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda adapter, picture: adapter.generate(adapter.encode(picture, QUESTION)), "list of prompts, [prompt]"),
+        (lambda adapter, picture: adapter.generate(["a"]), "prompts as encode returns them, got str"),
+        (lambda adapter, picture: adapter.generate([], 5), "should be a Generation(max_new_tokens=...), got int"),
+        (lambda adapter, picture: token_relevancy(adapter, picture, QUESTION, 5), "answer should be a text or an"),
         (lambda adapter, picture: adapter.encode(picture, 5), "question should be a text, got int"),
         (lambda adapter, picture: adapter.encode(5, QUESTION), "a path or the bytes of a file, got int"),
         (lambda adapter, picture: adapter.encode("https://a.b/c.png", QUESTION), "nothing is fetched"),
