@@ -10,23 +10,31 @@ import os
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from PIL import Image
 
 import stethoscope
+from stethoscope.core.errors import DataError
+from stethoscope.core.types import load_picture
 from stethoscope.streaming import Final, MentionCompleted, Token
 
 app, turn = FastAPI(), asyncio.Lock()  # one answer at a time
 adapter = stethoscope.load(os.environ.get("MODEL", "testbed"))
 
 
-async def picture(request: Request) -> bytes:
-    return await request.body()  # of an image file, whose format and size are checked before it is decoded
+async def picture(request: Request) -> Image.Image:
+    try:
+        return load_picture(await request.body())  # format and size are checked before it is decoded
+    except DataError as error:
+        raise HTTPException(422, str(error)) from error
 
 
 @app.post("/", response_class=EventSourceResponse)
-async def answer(image: Annotated[bytes, Depends(picture)], question: str) -> AsyncIterator[ServerSentEvent]:
+async def answer(
+    image: Annotated[Image.Image, Depends(picture)], question: Annotated[str, Query(pattern=r"\S")]
+) -> AsyncIterator[ServerSentEvent]:
     async with turn:
         events = stethoscope.stream(adapter, image, question, detector=os.environ.get("DETECTOR"))
         try:  # the model takes a step when the next event is asked for

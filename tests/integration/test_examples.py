@@ -108,6 +108,10 @@ def test_serve(examples, finished, monkeypatch):
 
     with serving(SimpleNamespace(app=lambda: serve.app)) as address, ThreadPoolExecutor(3) as clients:
         address = address.removesuffix("v1")
+        for file, words, detail in ((b"no picture", "Is it?", "not an intact file"), (files[0], " ", "question")):
+            refused = httpx.post(address, params={"question": words}, content=file, trust_env=False)
+            assert refused.status_code == 422
+            assert detail in str(refused.json()["detail"])
         assert [kind for kind, _ in ask(address, files[0], lines=9)] == ["token"] * 3
         answers = list(clients.map(partial(ask, address), files))
     warned = 0
