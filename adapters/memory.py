@@ -209,10 +209,8 @@ def _layers_and_sizes(model: PreTrainedModel, context: int) -> list[tuple[int, i
     parts = [(model.config.get_text_config(decoder=True), context)]
     vision = getattr(model.config, "vision_config", None)
     if vision is not None and _first_size(vision, ("num_attention_heads", "num_heads", "attention_heads"), 0):
-        # relevancy stops before a tower without attention; positions in the tower are those of one image at the
-        # published size, else the context, which holds the image
-        size, patch = (_first_size(vision, (name,), 0) for name in ("image_size", "patch_size"))
-        parts.append((vision, (size // patch) ** 2 + 1 if size and patch else context))
+        # relevancy stops before a tower without attention
+        parts.append((vision, _tower_positions(model.config, vision, context)))
     sizes = []
     for config, positions in parts:
         layers = _first_size(config, ("num_hidden_layers", "num_layers", "depth"), 0)
@@ -223,8 +221,24 @@ def _layers_and_sizes(model: PreTrainedModel, context: int) -> list[tuple[int, i
     return sizes
 
 
+def _tower_positions(config: PreTrainedConfig, vision: PreTrainedConfig, context: int) -> int:
+    """Count the vision tower's positions: of an image at the published size, or of as many tiles as the context holds.
+
+    Args:
+        config: of the model.
+        vision: of the tower.
+        context: number of positions of the language model, as good as all of them image tokens where there are tiles.
+    """
+    size, patch = (_first_size(vision, (name,), 0) for name in ("image_size", "patch_size"))
+    single = (size // patch) ** 2 + 1 if size and patch else context
+    merged = _first_size(vision, ("spatial_merge_size",), 0) or _first_size(config, ("scale_factor",), 0)
+    merged = merged or round(1 / (getattr(config, "downsample_ratio", None) or 1))
+    has_tiles = merged > 1 or getattr(config, "image_grid_pinpoints", None)
+    return max(single, context * merged**2) if has_tiles else single
+
+
 def _width(config: PreTrainedConfig) -> int:
-    return _first_size(config, ("hidden_size", "embed_dim", "d_model"), 0)
+    return _first_size(config, ("embed_dim", "hidden_size", "d_model"), 0)  # Qwen2-VL's tower has both
 
 
 def _first_size(config: Any, names: Sequence[str], default: int) -> int:

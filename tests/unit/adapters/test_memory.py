@@ -260,9 +260,8 @@ def test_a_folder_without_a_configuration(tmp_path):
         memory.skeleton(str(tmp_path), Loading())
 
 
-def test_graphs_take_what_was_estimated_and_keep_no_large_map():
-    adapter = HfAdapter(random_init="tiny")
-    prompt = adapter.encode(Image.new("RGB", (56, 56), "grey"), "What is here?")
+def graph_and_bytes(adapter, prompt):
+    """The graph of a pass over a prompt, and the bytes that it keeps beside the parameters."""
     parameters, saved = {part.data_ptr() for part in adapter.model.parameters()}, {}
 
     def pack(part):
@@ -271,7 +270,25 @@ def test_graphs_take_what_was_estimated_and_keep_no_large_map():
 
     with selected(adapter.model), torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part):
         graph = PromptPass(adapter.model, dict(prompt.inputs), recompute=False)
-    actual = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    return graph, sum(size for pointer, size in saved.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_tower_with_several_patches_to_a_token_is_counted_whole(family, monkeypatch):
+    """Large pictures, whose maps are not kept: the tower has four positions for every image token."""
+    monkeypatch.setattr(memory, "_KEPT_MAP", 0)
+    adapter = HfAdapter(random_init="tiny", family=family)
+    images = adapter.processor.image_processor
+    images.size = type(images.size)(**{**dict(images.size), "longest_edge": 448**2})
+    prompt = adapter.encode(Image.new("RGB", (448, 448), "grey"), "What is here?")
+    assert len(prompt.spans.image) == 256
+    graph, actual = graph_and_bytes(adapter, prompt)
+    assert 0.3 < actual / memory.graph_bytes(adapter.model, graph.length) < 1
+
+
+def test_graphs_take_what_was_estimated_and_keep_no_large_map():
+    adapter = HfAdapter(random_init="tiny")
+    graph, actual = graph_and_bytes(adapter, adapter.encode(Image.new("RGB", (56, 56), "grey"), "What is here?"))
     assert 0.3 < actual / memory.graph_bytes(adapter.model, graph.length) < 1
     sizes = [memory.graph_bytes(adapter.model, length) for length in (2000, 4000, 6000)]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
