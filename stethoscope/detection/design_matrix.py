@@ -164,7 +164,7 @@ def is_hidden(column: str) -> bool:
 
 def frequent_objects(rows: pd.DataFrame) -> tuple[str, ...]:
     """Return the sorted objects with at least ``RARE`` mentions."""
-    counts = rows.loc[
-        rows["is_first_subtoken"].astype(bool), "object"
-    ].value_counts()  # a mention may have several rows
+    require(rows, ("object", "is_first_subtoken"))
+    first = rows["is_first_subtoken"].astype(bool)  # a mention may have several rows
+    counts = rows.loc[first, "object"].value_counts()
     return tuple(sorted(str(name) for name, count in counts.items() if count >= RARE and name))

@@ -197,7 +197,7 @@ class Detector:
             held_out = Examples.of(self._matrix(calibration), calibration)
             both = set(examples.groups) & set(held_out.groups)
             if both:
-                raise DataError(f"{len(both)} images are in both folds, {min(both)!r} for one; split by image")
+                raise DataError(f"{len(both)} images are in both folds, {str(min(both))!r} for one; split by image")
         kind, C, seed, method = (self.settings[key] for key in ("estimator", "C", "seed", "calibration"))
         more = None if unlabelled is None else self._matrix(unlabelled)
         model = CalibratedModel.fit(self._inputs.classifier(kind, C, seed, more), examples, held_out, method, C)
@@ -254,7 +254,8 @@ class Detector:
         """Return a copy with another calibration, for data unlike those that this detector was calibrated on.
 
         The threshold is the one with the best F1 on labelled mentions, and that of before (as a score) without labels;
-        a guarantee is not carried over. The monitor compares with the new pictures from then on.
+        a guarantee is not carried over. The monitor compares with the new pictures from then on; there is none if they
+        are too few to compare with (``shift.FEWEST``).
 
         Args:
             table: token table of the new data.

@@ -245,7 +245,7 @@ class ShiftMonitor:
             images = train["group"].unique()
             held_out = train["group"].isin(set(images[1::2]))
             train, calibration = train[~held_out], train[held_out]
-        if min(train["group"].nunique(), calibration["group"].nunique()) < FEWEST:
+        if train["group"].nunique() < FEWEST:
             return None
         monitor = cls(tuple(columns), {}, np.zeros(0))
         views = {
@@ -255,8 +255,13 @@ class ShiftMonitor:
         }
         return replace(monitor, views=views).with_reference(calibration, scores) if views else None
 
-    def with_reference(self, mentions: pd.DataFrame, scores: np.ndarray | None = None) -> ShiftMonitor:
-        """Return the monitor with other pictures as reference: the first answer to each that names something."""
+    def with_reference(self, mentions: pd.DataFrame, scores: np.ndarray | None = None) -> ShiftMonitor | None:
+        """Return the monitor with other pictures as reference: the first answer to each that names something.
+
+        None where they are fewer than ``FEWEST``: of n pictures the rank of another is below 1 / n by chance alone.
+        """
+        if mentions["group"].nunique() < FEWEST:
+            return None
         first = _first_answers(mentions)
         mentions, scores = mentions[first], None if scores is None else scores[first]
         rows, distances, views = self._views_of(mentions, _owners(mentions)), self._distances(mentions), {}
@@ -347,9 +352,10 @@ class ShiftMonitor:
     def _run_p_values(self, mentions: pd.DataFrame, scores: np.ndarray | None) -> dict[str, float]:
         """Test all answers together against the held-out ones, by view."""
         rows, distances, p_values = self._views_of(mentions, _owners(mentions)), self._distances(mentions), {}
-        if "answer" in self.views and len(_known(distances["answer"])):
-            test = mannwhitneyu(_known(distances["answer"]), self.views["answer"].reference, alternative="greater")
-            p_values["answer"] = float(test.pvalue)
+        if "answer" in self.views:
+            known, held_out = _known(distances["answer"]), self.views["answer"].reference
+            if len(known) and len(held_out):
+                p_values["answer"] = float(mannwhitneyu(known, held_out, alternative="greater").pvalue)
         if "picture" in self.views:
             profiles, held_out = rows["picture"][0], self.views["picture"].profiles
             profiles = profiles[~np.isnan(profiles).any(1)]

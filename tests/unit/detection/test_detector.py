@@ -149,10 +149,12 @@ def test_training_data_that_teach_nothing_are_refused():
         Detector().fit(TRAIN.assign(mass=np.float32(np.nan)), CALIBRATION)
     with pytest.raises(DataError, match="infinite values: mass"):
         Detector().fit(TRAIN.assign(mass=np.float32(np.inf)), CALIBRATION)
-    with pytest.raises(DataError, match="200 images are in both folds"):
+    with pytest.raises(DataError, match="200 images are in both folds, 'image-0' for one"):
         Detector().fit(TRAIN, TRAIN)
     with pytest.raises(DataError, match="no column label"):
         Detector().fit(TRAIN.drop(columns="label"), CALIBRATION)
+    with pytest.raises(DataError, match="no column object"):
+        Detector(objects=True).fit(TRAIN.drop(columns="object"), CALIBRATION)
 
 
 @pytest.mark.parametrize("estimator", ["logistic", "boosting"])

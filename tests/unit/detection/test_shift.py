@@ -277,6 +277,15 @@ def test_recalibration_needs_mentions_and_a_line():
         isotonic.recalibrate(token_table(10))
 
 
+def test_recalibrated_on_few_pictures_it_has_no_monitor():
+    train, calibration = halves(token_table(200))
+    detector = Detector(C=1.0).fit(train, calibration)
+    assert detector.recalibrate(token_table(FEWEST - 1, seed=4)).monitor is None  # it would flag one picture in 20
+    assert detector.recalibrate(token_table(FEWEST, seed=4)).monitor is not None
+    unknown = token_table(60, seed=4).assign(**dict.fromkeys(("nll", "mass", "noise", "position"), np.nan))
+    assert detector.recalibrate(unknown).shift(token_table(60, seed=5)) is not None  # nothing to compare answers with
+
+
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_recalibrated_it_still_warns_of_everything_or_nothing(threshold):
     train, calibration = halves(token_table(200))
