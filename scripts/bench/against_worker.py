@@ -7,6 +7,7 @@ python scripts/bench/against_worker.py ROOT command WORDS    # the command `stet
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -170,6 +171,8 @@ class Worker:
         named_set = importlib.import_module("stethoscope.features").named_set
         ways = {"none": None, **{name: named_set(name) for name in SETS}}
         spent: dict[str, list[list[float]]] = {name: [] for name in ways}
+        gc.collect()
+        gc.freeze()  # else a look at the objects of all libraries, a third of a run, falls on one run or another
         for number in range(repeats + 1):
             for name in list(ways)[:: 1 if number % 2 else -1]:
                 run = lambda name=name: self.run(self.captions(scenes), features=ways[name], batch_size=batch)  # noqa: E731
