@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -54,19 +53,23 @@ _BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
 
 
 class _Continuation(NamedTuple):
-    """A contrast whose pass goes on from KV caches.
+    """A contrast of one answer whose pass goes on from a KV cache.
 
     Attributes:
         name: of its logits.
-        caches: of B prompts.
-        tails: number of prompt tokens that run again, of each.
-        hidden: by prompt, positions that nothing in the pass attends to.
+        prompt: index of the prompt, and of its answer.
+        cache: of the prompt.
+        tail: number of prompt tokens that run again.
+        hidden: positions that nothing in the pass attends to.
+        length: number of tokens that run.
     """
 
     name: str
-    caches: Sequence[PromptCache]
-    tails: Sequence[int]
-    hidden: Sequence[Sequence[int]]
+    prompt: int
+    cache: PromptCache
+    tail: int
+    hidden: Sequence[int]
+    length: int
 
 
 class _Rows(NamedTuple):
@@ -293,8 +296,8 @@ class Tracer:
         ids: Sequence[Sequence[int]],
         requires: frozenset[str],
         core_tokens: Sequence[Sequence[int]] | None,
-    ) -> dict[str, Tensor]:
-        """Return (B, T, V) logits by name; ``core_tokens`` are those that answers attend to most."""
+    ) -> dict[str, Sequence[Tensor]]:
+        """Return B (T, V) logits by name, maybe with padding; ``core_tokens`` are those that answers attend to most."""
         hidden: dict[str, Sequence[Sequence[int]]] = {}
         if "no_image" in requires:
             hidden["no_image_logits"] = [prompt.spans.image for prompt in encoded]
@@ -305,15 +308,14 @@ class Tracer:
             Encoded({**prompt.inputs, "pixel_values": noised(prompt.inputs["pixel_values"])}, prompt.spans, "", "")
             for prompt in (encoded if "noise" in requires else ())
         ]
-        continued = self._continuations(encoded, changed, hidden, "blank" in requires)
-        contrasts: dict[str, Tensor] = {}
+        continued = self._continuations(encoded, ids, changed, hidden, "blank" in requires)
+        contrasts: dict[str, Any] = {item.name: [None] * len(encoded) for item in continued}
         for group in _together(continued):
-            prompts, answers = list(encoded) * len(group), list(ids) * len(group)
-            parts = (list(chain.from_iterable(part)) for part in zip(*(item[1:] for item in group), strict=True))
-            caches, tails, positions = parts
+            names, indices, caches, tails, positions, _ = zip(*group, strict=True)
+            prompts, answers = [encoded[index] for index in indices], [ids[index] for index in indices]
             forward = self._forward.continue_from_cache(prompts, answers, caches, tails, hidden=positions)
-            logits = self._forward.logits(forward).cpu().split(len(encoded))
-            contrasts.update(zip((item.name for item in group), logits, strict=True))
+            for name, index, logits in zip(names, indices, self._forward.logits(forward).cpu(), strict=True):
+                contrasts[name][index] = logits
         if changed and "noise_logits" not in contrasts:
             contrasts["noise_logits"] = self._forward.logits(self._forward.full_forward(changed, ids)).cpu()
         for name in hidden.keys() - contrasts.keys():
@@ -325,6 +327,7 @@ class Tracer:
     def _continuations(
         self,
         encoded: Sequence[Encoded],
+        ids: Sequence[Sequence[int]],
         noise: Sequence[Encoded],
         hidden: Mapping[str, Sequence[Sequence[int]]],
         blank: bool,
@@ -333,23 +336,29 @@ class Tracer:
 
         Args:
             encoded: the prompts.
+            ids: of the answers.
             noise: the same prompts with noised images, if these are asked for.
             hidden: by name of the logits and by prompt, image tokens that nothing behind the image attends to.
             blank: whether a blank image is asked for.
         """
         if not self._forward.causal or not all(map(_has_text_last, encoded)):
             return []
-        continued, last, nothing = [], [1] * len(encoded), [()] * len(encoded)
+        contrasts: list[tuple[str, Sequence[PromptCache], Sequence[int], Sequence[Sequence[int]]]] = []
+        last, nothing = [1] * len(encoded), [()] * len(encoded)
         if noise:
-            continued.append(_Continuation("noise_logits", self._forward.read_prompts(noise), last, nothing))
+            contrasts.append(("noise_logits", self._forward.read_prompts(noise), last, nothing))
         caches = self._blank_caches(encoded) if blank else None
         if caches is not None:
-            continued.append(_Continuation("blank_logits", caches, last, nothing))
+            contrasts.append(("blank_logits", caches, last, nothing))
         own = [prompt.cache for prompt in encoded if prompt.cache is not None]
         if len(own) == len(encoded) and all(map(_has_whole_image, encoded)):
             tails = [prompt.spans.length - 1 - prompt.spans.image[-1] for prompt in encoded]
-            continued += [_Continuation(name, own, tails, positions) for name, positions in hidden.items()]
-        return continued
+            contrasts += [(name, own, tails, positions) for name, positions in hidden.items()]
+        return [
+            _Continuation(name, index, cache, tail, positions, tail + len(ids[index]))
+            for name, *parts in contrasts
+            for index, (cache, tail, positions) in enumerate(zip(*parts, strict=True))
+        ]
 
     def _without(
         self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], hidden: Sequence[Sequence[int]]
@@ -466,12 +475,13 @@ def _recorded_rows(
 
 
 def _together(continued: Sequence[_Continuation]) -> Iterator[list[_Continuation]]:
-    """Yield the contrasts of every pass: of small caches, of prompts that go on from about the same position."""
+    """Yield what shares a pass: sequences of about the same length, with small caches or as many as the prompts."""
     group: list[_Continuation] = []
-    for item in sorted(continued, key=lambda item: max(item.tails)):
-        total = sum(cache.nbytes for other in (*group, item) for cache in other.caches)
-        padding = sum(max(item.tails) - tail for other in group for tail in other.tails)
-        if group and (total > _TOGETHER_BYTES or padding > _TOGETHER_ROWS):
+    prompts = len({item.prompt for item in continued})
+    for item in sorted(continued, key=lambda item: item.length):
+        total = sum(other.cache.nbytes for other in (*group, item))
+        padding = sum(item.length - other.length for other in group)
+        if group and (padding > _TOGETHER_ROWS or (total > _TOGETHER_BYTES and len(group) >= prompts)):
             yield group
             group = []
         group.append(item)
