@@ -7,12 +7,17 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stethoscope.tracing.trace import largest
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope.tracing.trace import TensorPart, Trace
 
 Result = TypeVar("Result")
+
+LARGEST = 201
+"""Number of words of a distribution that features read in order: no more have a probability above half a percent."""
 
 
 def cached_on_trace(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -44,6 +49,12 @@ def logprobs(trace: Trace, part: TensorPart = "logits") -> Tensor:
 def probabilities(trace: Trace, part: TensorPart = "logits") -> Tensor:
     """Return the (T, V) probabilities of logits of the trace, chosen by name."""
     return logprobs(trace, part).exp()
+
+
+@cached_on_trace
+def largest_logprobs(trace: Trace) -> Tensor:
+    """Return the (T, ``LARGEST``) largest log-probabilities in nats, in descending order; fewer of a small model."""
+    return largest(logprobs(trace), LARGEST)
 
 
 @cached_on_trace

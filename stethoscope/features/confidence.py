@@ -6,17 +6,16 @@ import math
 from typing import TYPE_CHECKING
 
 from stethoscope.core.types import required
-from stethoscope.features.common import cached_on_trace, logprobs, probabilities, token_logprob
+from stethoscope.features.common import cached_on_trace, largest_logprobs, logprobs, token_logprob
 from stethoscope.features.registry import feature
-from stethoscope.tracing.trace import largest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope.tracing.trace import Trace
 
-BOOSTED_TOP, BOOSTED_JUMP, BOOSTED_LEAST = 1024, 0.3, 0.005
-"""BoostedProb: number of words, smallest drop of probability behind the dominant ones as a share and absolute."""
+BOOSTED_JUMP, BOOSTED_LEAST = 0.3, 0.005
+"""BoostedProb: smallest drop of probability behind the dominant words as a share and absolute."""
 RAUQ_ALPHA = 0.5
 """Weight of the token's own probability in RAUQ's recursion, of the released code for instruction-tuned models."""
 
@@ -41,7 +40,7 @@ def boosted_prob(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    top = largest(probabilities(trace), min(BOOSTED_TOP, math.ceil(1 / BOOSTED_LEAST) + 1))  # no more are dominant
+    top = largest_logprobs(trace).exp()  # no more are dominant
     drops = top[:, :-1] - top[:, 1:]
     cuts = (drops > BOOSTED_JUMP * top[:, :-1]) & (drops > BOOSTED_LEAST)
     dominant = cuts.flip(-1).cummax(-1).values.flip(-1)  # up to the last cut

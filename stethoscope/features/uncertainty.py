@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stethoscope.features.common import entropy_of, logprobs, probabilities, token_logprob
+from stethoscope.features.common import entropy_of, largest_logprobs, logprobs, probabilities, token_logprob
 from stethoscope.features.registry import feature
-from stethoscope.tracing.trace import largest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +62,7 @@ def top100_entropy(trace: Trace) -> Tensor:
 
     Higher means hallucinated.
     """
-    top = largest(trace.logits, TOP).log_softmax(-1)
+    top = largest_logprobs(trace)[:, :TOP].log_softmax(-1)
     return -(top.exp() * top).sum(-1)
 
 

@@ -231,7 +231,7 @@ def _logprob_and_rank(logits: Tensor, tokens: Tensor, logprobs: Tensor | None = 
     chosen = logits.gather(-1, tokens)
     logprobs = logits.log_softmax(-1) if logprobs is None else logprobs  # a third of the time of logsumexp
     logprob = logprobs.gather(-1, tokens)[..., 0]
-    rank = (logits > chosen).sum(-1)
+    rank = torch.gt(logits, chosen, out=torch.empty_like(logits)).sum(-1)  # a fifth of the time of counting booleans
     return logprob.float().cpu(), rank.float().cpu()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.core.types import required
+from stethoscope.tracing.hooks import take_rows
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.trace import KEPT_LAYERS, TEMPERATURE, HiddenStates, Spans, of_depth
 
@@ -30,7 +31,7 @@ CHUNK = 256
 
 @dataclass
 class _Reduced:
-    """Reductions of one sample, by layer."""
+    """Reductions of G samples with equally many image and question tokens, by layer."""
 
     top: list[Tensor] = field(default_factory=list)
     peak: list[Tensor] = field(default_factory=list)
@@ -69,16 +70,19 @@ class HiddenStateRecorder:
     ) -> None:
         self._prompt = prompt
         self._lens, self._states, self._image_lens = lens, states, image_lens
-        self._rows = [row[: len(ids) + 1] for row, ids in zip(rows, answers, strict=True)]
-        self._ids = [torch.tensor(list(ids), dtype=torch.long) for ids in answers]
+        self._counts = [len(ids) for ids in answers]
+        self._rows, most = rows, max(self._counts)
+        self._ids = torch.tensor([[*ids, *[0] * (most - len(ids))] for ids in answers], dtype=torch.long)
         self._image = [torch.tensor(span.image, dtype=torch.long) for span in spans]
         self._question = [torch.tensor(span.question or (span.length - 1,)) for span in spans]
-        self._ends = [span.length - 1 for span in spans]
+        self._ends = torch.tensor([[span.length - 1] for span in spans])
+        alike = len({len(tokens) for tokens in self._image}) == len({len(tokens) for tokens in self._question}) == 1
+        self._parts = [slice(0, len(spans))] if alike else [slice(index, index + 1) for index in range(len(spans))]
         self._depth = len(lens.layers)
         self._layers = {
             name: {of_depth(layer, self._depth) for layer in layers} for name, layers in KEPT_LAYERS.items()
         }
-        self._reduced = [_Reduced() for _ in spans]
+        self._reduced = [_Reduced() for _ in self._parts]
         self._next = 0
 
     @contextmanager
@@ -107,19 +111,20 @@ class HiddenStateRecorder:
         hidden = hidden.detach()
         if self._prompt:
             hidden = torch.cat([self._prompt[layer], hidden], 1)
-        for index, reduced in enumerate(self._reduced):
-            positions = [part[index].to(hidden.device) for part in (self._image, self._question, self._rows)]
-            image, question, token = (hidden[index, chosen] for chosen in positions)
-            ids = self._ids[index].to(hidden.device)
+        for part, reduced in zip(self._parts, self._reduced, strict=True):
+            positions = torch.stack(self._image[part]), torch.stack(self._question[part]), self._rows[part]
+            own = hidden[part]
+            image, question, token = (take_rows(own, chosen.to(own.device)) for chosen in positions)
+            ids = self._ids[part].to(own.device)
             if self._states:
-                self._reduce(reduced, layer, image.float(), token.float(), hidden[index, 0].float())
-                whole = {"token": token, "image": image, "instruction": question}
-                whole["prompt_end"] = hidden[index, self._ends[index]]
+                self._reduce(reduced, layer, image.float(), token.float(), own[:, 0].float())
+                end = take_rows(own, self._ends[part].to(own.device))[:, 0]
+                whole = {"token": token, "image": image, "instruction": question, "prompt_end": end}
                 for name, states in whole.items():
                     if layer in self._layers[name]:
                         reduced.kept[name][layer] = states.float().cpu()
                 if layer == 0:
-                    reduced.prefix = torch.cat([question, token[1:]]).float().cpu()
+                    reduced.prefix = torch.cat([question, token[:, 1:]], 1).float().cpu()
                 if layer in self._layers["instruction"]:
                     reduced.instruction_probability = self._decode(question, ids, TEMPERATURE).cpu()
             if self._image_lens or (self._states and layer == self._depth):
@@ -129,40 +134,52 @@ class HiddenStateRecorder:
 
     def _reduce(self, reduced: _Reduced, layer: int, image: Tensor, token: Tensor, first: Tensor) -> None:
         if layer > 0:
-            cosines = nn.functional.normalize(token, dim=-1) @ nn.functional.normalize(image, dim=-1).T
-            top = cosines.topk(max(1, round(PATCH_SHARE * len(image))), dim=-1).values
+            cosines = nn.functional.normalize(token, dim=-1) @ nn.functional.normalize(image, dim=-1).mT
+            top = cosines.topk(max(1, round(PATCH_SHARE * image.shape[1])), dim=-1).values
             reduced.top.append(top.mean(-1).cpu())
-            reduced.peak.append(top[:, 0].cpu())
+            reduced.peak.append(top[..., 0].cpu())
         if layer < self._depth:
             reduced.sinks.append(sinks(image, first).cpu())
 
     def _decode(self, hidden: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return the (T, N) probability of the tokens at states (N, D), decoded by the head alone."""
+        """Return the (G, T, N) probability of the tokens at states (G, N, D), decoded by the head alone."""
         parts = []
-        for chunk in hidden.split(CHUNK):
+        owners = ids.repeat_interleave(hidden.shape[1], 0)
+        for chunk, own in zip(hidden.flatten(0, 1).split(CHUNK), owners.split(CHUNK), strict=True):
             logits = self._lens.head(chunk).float()
             logprobs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)  # faster than logsumexp
-            parts.append(logprobs[:, ids.to(logprobs.device)].exp())
-        return torch.cat(parts).T
+            parts.append(logprobs.gather(-1, own.to(logprobs.device)).exp())
+        return torch.cat(parts).view(*hidden.shape[:2], -1).mT
 
     def states(self) -> list[HiddenStates]:
         """Return the recorded states per sample."""
-        return [
-            HiddenStates(
-                patch_top=torch.stack(reduced.top, -1),
-                patch_peak=torch.stack(reduced.peak, -1),
-                sinks=torch.stack(reduced.sinks),
-                prefix=required(reduced.prefix),
-                image_probability=required(reduced.image_probability),
-                instruction_probability=required(reduced.instruction_probability),
-                **reduced.kept,
+        recorded = []
+        for index, (reduced, row) in enumerate(self._samples()):
+            count, question = self._counts[index], len(self._question[index])
+            kept = {name: {layer: part[row] for layer, part in parts.items()} for name, parts in reduced.kept.items()}
+            kept["token"] = {layer: part[: count + 1] for layer, part in kept["token"].items()}
+            recorded.append(
+                HiddenStates(
+                    patch_top=torch.stack([part[row] for part in reduced.top], -1)[: count + 1],
+                    patch_peak=torch.stack([part[row] for part in reduced.peak], -1)[: count + 1],
+                    sinks=torch.stack([part[row] for part in reduced.sinks]),
+                    prefix=required(reduced.prefix)[row, : question + count],
+                    image_probability=required(reduced.image_probability)[row, :count],
+                    instruction_probability=required(reduced.instruction_probability)[row, :count],
+                    **kept,
+                )
             )
-            for reduced in self._reduced
-        ]
+        return recorded
 
     def image_lens(self) -> list[Tensor]:
         """Return per sample (T, L + 1, 2) the largest and summed probability of the token over image tokens."""
-        return [torch.stack(reduced.lens, 1) for reduced in self._reduced]
+        samples = zip(self._samples(), self._counts, strict=True)
+        return [torch.stack([part[row, :count] for part in reduced.lens], 1) for (reduced, row), count in samples]
+
+    def _samples(self) -> Iterator[tuple[_Reduced, int]]:
+        """Iterate over samples: the reductions that each is in, and its index there."""
+        for part, reduced in zip(self._parts, self._reduced, strict=True):
+            yield from ((reduced, row) for row in range(part.stop - part.start))
 
 
 def sinks(image: Tensor, first: Tensor) -> Tensor:
@@ -174,13 +191,13 @@ def sinks(image: Tensor, first: Tensor) -> Tensor:
     where D is below 4096 the threshold is the same share of that, 20 / 64.
 
     Args:
-        image: (N, D) states of image tokens that enter a layer.
-        first: (D,) state of the sequence's first token.
+        image: (..., N, D) states of image tokens that enter a layer.
+        first: (..., D) state of the sequence's first token.
 
     Returns:
-        (N,) bool.
+        (..., N) bool.
     """
     size = image.shape[-1]
     normalised = [part.abs() / part.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12) for part in (image, first)]
-    dimensions = normalised[1].topk(SINK_DIMENSIONS).indices
-    return normalised[0][:, dimensions].amax(-1) > min(SINK_THRESHOLD, SINK_THRESHOLD / 64 * math.sqrt(size))
+    dimensions = normalised[1].topk(SINK_DIMENSIONS).indices[..., None, :].expand(*image.shape[:-1], -1)
+    return normalised[0].gather(-1, dimensions).amax(-1) > min(SINK_THRESHOLD, SINK_THRESHOLD / 64 * math.sqrt(size))

@@ -80,7 +80,7 @@ PROBE_LAYERS = (8, 12, 16, 20, 24)
 CONTINUATION, CONTINUED_TOKENS = " There is also", 2
 """Text that HalTrapper adds to an answer (ICCV 2025), and the new token whose attention it reads: the first is an
 article. The paper lets the model write four; the last two change nothing."""
-_SHORT = 6  # times the values that ``largest`` looks for
+_SHORT, _SHORTEST = 6, 1024  # rows that NumPy sorts: times the values that ``largest`` looks for, and in any case
 TEMPERATURE = 10.0
 """Temperature of InsLen's lens on the instruction (arXiv 2605.12258)."""
 
@@ -112,12 +112,13 @@ def probe_layers(layers: int) -> list[int]:
 def largest(values: Tensor, count: int) -> Tensor:
     """Return the largest ``count`` of (..., N) values, or all of them, in descending order.
 
-    NumPy sorts short rows whole in a quarter of the time that ``topk`` takes.
+    NumPy sorts short rows whole in a third of the time that ``topk`` takes.
     """
     import torch  # listing features needs none
 
     count = min(count, values.shape[-1])
-    if values.device.type != "cpu" or values.dtype != torch.float32 or values.shape[-1] > _SHORT * count:
+    short = values.shape[-1] <= max(_SHORT * count, _SHORTEST)
+    if not short or values.device.type != "cpu" or values.dtype != torch.float32:
         return values.topk(count, dim=-1).values
     return torch.from_numpy(np.ascontiguousarray(np.sort(values.numpy(), -1)[..., : -count - 1 : -1]))
 
