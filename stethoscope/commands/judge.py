@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with source.open("rb") as lines, replacing(target) as output:
-            counts = judge(lines, output, detector, Progress(source))
+            counts = judge(lines, output, detector, FileProgress(source))
     except OSError as error:
         raise ConfigError(f"{source} cannot be read or out={target} cannot be written to: {error}") from None
     print(target)
@@ -101,7 +101,9 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise ConfigError(f"out={target} exists; choose another file, or add overwrite=true")
 
 
-def judge(lines: BinaryIO, output: BinaryIO, detector: TextOnlyDetector, progress: Progress) -> tuple[int, int, float]:
+def judge(
+    lines: BinaryIO, output: BinaryIO, detector: TextOnlyDetector, progress: FileProgress
+) -> tuple[int, int, float]:
     """Judge all lines of a file.
 
     Args:
@@ -164,7 +166,7 @@ def read_rows(lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-class Progress:
+class FileProgress:
     """A bar with captions, rate and time left for files that take longer; plain lines where there is no terminal."""
 
     def __init__(self, source: Path) -> None:
@@ -174,7 +176,7 @@ class Progress:
         self._started = self._printed = time.monotonic()
         self._bar: Any = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> FileProgress:
         return self
 
     def __exit__(self, *error: object) -> None:

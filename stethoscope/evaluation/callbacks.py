@@ -22,7 +22,7 @@ import numpy as np
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.text import console, wrap_streams
-from stethoscope.loggers.base import Picture
+from stethoscope.loggers.base import TablePicture
 from stethoscope.relevancy.heatmaps import heat, raster, relevancy_tiles
 from stethoscope.storage.saved_heatmaps import MAX_SIDE, HeatmapFile
 from stethoscope.tracing.token_spans import token_regions
@@ -240,7 +240,7 @@ class SampleTable(Callback):
                 row.append(self._picture(samples.get(row[0])) if index < picture_count else None)
         run.loggers.log_table(f"{run.task.name}/samples", columns, rows)
 
-    def _picture(self, sample: Sample | None) -> Picture | None:
+    def _picture(self, sample: Sample | None) -> TablePicture | None:
         """Load a thumbnail of a sample's image; None where it cannot be read."""
         if sample is None:
             return None
@@ -249,7 +249,7 @@ class SampleTable(Callback):
         except DataError:  # a failed sample, which the table says
             return None
         image.thumbnail((self.SIDE, self.SIDE))
-        return Picture(image, sample.image.name)
+        return TablePicture(image, sample.image.name)
 
 
 class SaveHeatmaps(Callback):

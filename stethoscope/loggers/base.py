@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class TablePicture:
     """A picture in a table.
 
     Attributes:
@@ -53,7 +53,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[
     >>> plain_table(["object", "answer"], [[1, Marked("<b>dog</b>", "dog")]])
     (['object', 'answer'], [[1, 'dog']])
     """
-    shown = [index for index in range(len(columns)) if not any(isinstance(row[index], Picture) for row in rows)]
+    shown = [index for index in range(len(columns)) if not any(isinstance(row[index], TablePicture) for row in rows)]
     cells = [[row[index].text if isinstance(row[index], Marked) else row[index] for index in shown] for row in rows]
     return [columns[index] for index in shown], cells
 
@@ -182,7 +182,7 @@ class Logger:
         """Log named metrics; ``step`` is the number of samples for a point of a curve, None for a final metric."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a small table; with ``media``, cells may be a ``Picture`` or ``Marked`` text."""
+        """Log a small table; with ``media``, cells may be a ``TablePicture`` or ``Marked`` text."""
 
     def log_curve(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log points of curves: the columns are x, y and the curve's name. Only called with ``media``."""
@@ -248,7 +248,7 @@ class Loggers(Logger):
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Send a table to every logger, as plain text to those that cannot show media."""
-        cells = [[cell if isinstance(cell, (Picture, Marked)) else jsonable(cell) for cell in row] for row in rows]
+        cells = [[cell if isinstance(cell, (TablePicture, Marked)) else jsonable(cell) for cell in row] for row in rows]
         for logger in self.loggers:
             table = (list(columns), cells) if logger.media else plain_table(columns, cells)
             self._call(logger, "log_table", name, *table)

@@ -13,7 +13,7 @@ from typing import Any
 from stethoscope.core.text import redact_text
 from stethoscope.loggers.base import (
     Logger,
-    Picture,
+    TablePicture,
     as_labels,
     check_installed,
     check_limits,
@@ -154,7 +154,7 @@ class MlflowLogger(Logger):
         self._client.log_dict(self._run_id, {"columns": names, "data": cells}, f"{path}.json")
         for index, row in enumerate(rows):
             for column, cell in zip(columns, row, strict=True):
-                if isinstance(cell, Picture):
+                if isinstance(cell, TablePicture):
                     self._client.log_image(self._run_id, cell.image, f"{path}/{index:04d}-{_name(column)}.png")
 
     def log_curve(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stethoscope.loggers.base import (
     Logger,
-    Picture,
+    TablePicture,
     check_installed,
     check_limits,
     curve_picture,
@@ -79,7 +79,7 @@ class TensorBoardLogger(Logger):
         self._writer.add_text(name, _markdown(*plain_table(columns, rows)))
         for index, row in enumerate(rows):
             for column, cell in zip(columns, row, strict=True):
-                if isinstance(cell, Picture):
+                if isinstance(cell, TablePicture):
                     pixels = np.asarray(cell.image.convert("RGB"))
                     self._writer.add_image(f"{name}/{column}", pixels, index, dataformats="HWC")
         self._writer.flush()

@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stethoscope.loggers.base import Logger, Marked, Picture, check_installed, check_limits, curve_picture, stored_id
+from stethoscope.loggers.base import (
+    Logger,
+    Marked,
+    TablePicture,
+    check_installed,
+    check_limits,
+    curve_picture,
+    stored_id,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +108,7 @@ class TrackioLogger(Logger):
         import trackio
 
         def cell(value: Any) -> Any:
-            if isinstance(value, Picture):
+            if isinstance(value, TablePicture):
                 return trackio.Image(value.image, caption=value.caption)
             return value.text if isinstance(value, Marked) else value
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.loggers.base import Logger, Marked, Picture, as_labels, check_limits, stored_id
+from stethoscope.loggers.base import Logger, Marked, TablePicture, as_labels, check_limits, stored_id
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -123,12 +123,12 @@ class WandbLogger(Logger):
         import wandb
 
         def cell(value: Any) -> Any:
-            if isinstance(value, Picture):
+            if isinstance(value, TablePicture):
                 return wandb.Image(value.image, caption=value.caption)
             return wandb.Html(value.html, inject=False) if isinstance(value, Marked) else value
 
         data: list[Any] = [[cell(value) for value in row] for row in rows]
-        media = any(isinstance(value, (Picture, Marked)) for row in rows for value in row)
+        media = any(isinstance(value, (TablePicture, Marked)) for row in rows for value in row)
         table = wandb.Table(
             columns=list(columns), data=data, allow_mixed_types=not media
         )  # with mixed types, W&B turns media into text

@@ -14,7 +14,7 @@ from stethoscope.core.errors import StethoscopeError
 from stethoscope.core.files import read_json
 from stethoscope.core.html import data_uri, render
 from stethoscope.core.text import percent
-from stethoscope.loggers.base import Marked, Picture
+from stethoscope.loggers.base import Marked, TablePicture
 from stethoscope.report import curves
 from stethoscope.report.run_source import RunReader
 from stethoscope.report.tables import Table
@@ -258,8 +258,8 @@ def _logged_rows(source: RunReader, count: int) -> list[list[Any]]:
             example.probability,
             example.evidence,
             example.prior,
-            None if example.image is None else Picture(example.image, example.images[0][1]),
-            None if example.heatmap is None else Picture(example.heatmap, example.images[-1][1]),
+            None if example.image is None else TablePicture(example.image, example.images[0][1]),
+            None if example.heatmap is None else TablePicture(example.heatmap, example.images[-1][1]),
             Marked(str(render("report/logged_answer.html", pieces=example.pieces)).strip(), example.text),
             example.question,
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from stethoscope.loggers.base import Logger, Loggers, Marked, Picture
+from stethoscope.loggers.base import Logger, Loggers, Marked, TablePicture
 
 SETTINGS = {"seed": 3, "choices": {"detector": "logistic"}, "hub_token": "hf_secret", "sets": ["fast", "full"]}
 FINALS = {"detector/auroc": 0.875, "baseline/position/auroc": 0.625}
@@ -45,5 +45,5 @@ def log_everything(logger: Logger, folder: Path, status: str = "finished", pause
 
 def table() -> list[list[object]]:
     """Rows with marked text and a red picture of 4 x 2 pixels; the second has none."""
-    red = Picture(Image.new("RGB", (4, 2), (255, 0, 0)), "red.png")
+    red = TablePicture(Image.new("RGB", (4, 2), (255, 0, 0)), "red.png")
     return [["s0", Marked("<i>x</i>", TEXT), red], ["s1", Marked("yes", "yes"), None]]

@@ -16,7 +16,7 @@ from PIL import Image
 from stethoscope.core.errors import ConfigError
 from stethoscope.evaluation.callbacks import SampleTable
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.loggers.base import Logger, Loggers, Marked, Picture
+from stethoscope.loggers.base import Logger, Loggers, Marked, TablePicture
 from stethoscope.loggers.jsonl import JsonLogger
 from stethoscope.loggers.wandb import WandbLogger
 from stethoscope.report import curves
@@ -165,7 +165,7 @@ def test_what_cannot_be_read_is_warned_of(tmp_path):
 
 def test_loggers_that_show_nothing_get_plain_tables():
     calls = []
-    picture, marked = Picture(Image.new("RGB", (2, 2)), "a.png"), Marked("<b>x</b>", "x")
+    picture, marked = TablePicture(Image.new("RGB", (2, 2)), "a.png"), Marked("<b>x</b>", "x")
     for shows in (True, False):
         logger = Logger()
         logger.media = shows
