@@ -62,30 +62,38 @@ def load(
         DataError: its files are damaged or incomplete.
     """
     from transformers import AutoModelForImageTextToText
+    from transformers.utils import cached_file, find_adapter_config_file
 
     loading.check_machine()
     folder = is_folder(model_id)
     source, hub_kwargs = str(Path(model_id).expanduser()), loading.hub_kwargs(folder)
     with translate_loading_errors(model_id), silenced(folder):
-        _check_kind(model_id, source, hub_kwargs)
-        processor = processors.load(*_processor_location(source, loading, hub_kwargs))
+        location = {name: hub_kwargs[name] for name in ("revision", "local_files_only")}
+        lora = find_adapter_config_file(source, **location)
+        _check_kind(model_id, source, location, is_lora=lora is not None)
+        if lora is not None and not any(
+            cached_file(source, name, **location, _raise_exceptions_for_missing_entries=False)
+            for name in ("processor_config.json", "preprocessor_config.json")
+        ):
+            processor = processors.load(*_base_location(Path(lora), loading))
+        else:
+            processor = processors.load(source, hub_kwargs)
     check(processor)
     model = pretrained(AutoModelForImageTextToText, model_id, loading)
     processors.complete(model, processor)
     return model, processor
 
 
-def _check_kind(model_id: str, source: str, hub_kwargs: Mapping[str, Any]) -> None:
+def _check_kind(model_id: str, source: str, location: Mapping[str, Any], is_lora: bool) -> None:
     """Refuse checkpoints in other formats than transformers', which would fail late or load as another model.
 
     Raises:
         CapabilityError: it is a LoRA adapter and peft is missing, or a checkpoint of LLaVA's authors.
     """
     from transformers import PreTrainedConfig
-    from transformers.utils import find_adapter_config_file, is_peft_available
+    from transformers.utils import is_peft_available
 
-    location = {name: hub_kwargs[name] for name in ("revision", "local_files_only")}
-    if not is_peft_available() and find_adapter_config_file(source, **location) is not None:
+    if is_lora and not is_peft_available():
         raise CapabilityError(
             f"model {model_id} is a LoRA adapter (adapter_config.json); peft, which loads it, is not installed: "
             "pip install peft"
@@ -100,24 +108,9 @@ def _check_kind(model_id: str, source: str, hub_kwargs: Mapping[str, Any]) -> No
         )
 
 
-def _processor_location(source: str, loading: Loading, hub_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return where the processor is, and how to read it: with the base model of a LoRA adapter that comes without one.
-
-    Args:
-        source: folder or hub id.
-        loading: settings.
-        hub_kwargs: of the source.
-    """
-    from transformers.utils import cached_file, find_adapter_config_file
-
-    location = {name: hub_kwargs[name] for name in ("revision", "local_files_only")}
-    adapter = find_adapter_config_file(source, **location)
-    names = ("processor_config.json", "preprocessor_config.json")
-    if adapter is None or any(
-        cached_file(source, name, **location, _raise_exceptions_for_missing_entries=False) for name in names
-    ):
-        return source, hub_kwargs
-    settings = json.loads(Path(adapter).read_text(encoding="utf-8"))
+def _base_location(lora: Path, loading: Loading) -> tuple[str, dict[str, Any]]:
+    """Return folder or hub id of the base model that an ``adapter_config.json`` names, and how to read it."""
+    settings = json.loads(lora.read_text(encoding="utf-8"))
     base, revision = str(settings["base_model_name_or_path"]), settings.get("revision") or "main"
     return str(Path(base).expanduser()), {**loading.hub_kwargs(is_folder(base)), "revision": revision}
 

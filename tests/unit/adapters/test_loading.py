@@ -392,16 +392,24 @@ def test_an_adapter_of_peft_is_read_with_its_base(tmp_path):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_the_processor_of_an_adapter_of_peft_is_its_own_or_that_of_its_base(tmp_path, own):
-    for name in ("base", "lora"):
-        (tmp_path / name).mkdir()
-    settings = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
-    if own:
-        (tmp_path / "lora" / "processor_config.json").write_text("{}")
-    source = str(tmp_path / "lora")
-    folder, _ = loading._processor_location(source, Loading(), Loading().hub_kwargs(True))
-    assert folder == (source if own else str(tmp_path / "base"))
+def test_the_processor_of_an_adapter_of_peft_is_its_own_or_that_of_its_base(tmp_path, own, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_peft_available", lambda: True)
+    monkeypatch.setattr(loading, "pretrained", lambda *_: pytest.fail("weights were read"))
+    model, processor = tiny.build("llava")
+    lora, base = tmp_path / "lora", tmp_path / "base"
+    for folder in (base, lora) if own else (base,):
+        processor.patch_size = 7 if folder == lora else 14
+        processor.save_pretrained(folder)
+    model.config.save_pretrained(base)
+    lora.mkdir(exist_ok=True)
+    settings = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+
+    def check(loaded):
+        raise RuntimeError(f"{loaded.patch_size} pixels")
+
+    with pytest.raises(RuntimeError, match=f"{7 if own else 14} pixels"):
+        loading.load(str(lora), Loading(), check)
 
 
 def test_a_checkpoint_of_llavas_authors_is_named_for_what_it_is(tmp_path):
