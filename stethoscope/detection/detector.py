@@ -201,7 +201,8 @@ class Detector:
         kind, C, seed, method = (self.settings[key] for key in ("estimator", "C", "seed", "calibration"))
         more = None if unlabelled is None else self._matrix(unlabelled)
         model = CalibratedModel.fit(self._inputs.classifier(kind, C, seed, more), examples, held_out, method, C)
-        base_rate = float(examples.labels.mean())
+        # the share of hallucinated mentions where its probabilities are right
+        base_rate = float((examples if held_out is None or method == "none" else held_out).labels.mean())
         estimated = None
         if self.settings["labels"] == "none" and method == "platt" and model.held_out_scores is not None:
             estimated = mixture_line(model.held_out_scores)  # the model itself says no far too rarely

@@ -23,7 +23,7 @@ class DetectorManifest:
         features: names of the columns that it reads.
         objects: names with a category of their own.
         schema: all features of the table that it was fitted on.
-        base_rate: share of hallucinated mentions in training, in (0, 1).
+        base_rate: share of hallucinated mentions in the fold that it was calibrated on, in (0, 1).
         threshold: where it warns.
         monitor: ``ShiftMonitor.to_dict``; None without a monitor.
         notes: facts of the user, ``NOTES`` and others.

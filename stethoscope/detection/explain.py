@@ -25,8 +25,8 @@ class Explanation:
     Attributes:
         probability: (rows,) probability of hallucination, in [0, 1].
         evidence: (rows,) share of the model's own computation; above 0 it speaks for hallucination.
-        prior: (rows,) share of the mention's position and object; without factorisation the base rate of
-            hallucinated mentions in training. ``evidence + prior`` are the log-odds of ``probability``.
+        prior: (rows,) share of the mention's position and object; without factorisation the share of hallucinated
+            mentions in the fold that it was calibrated on. ``evidence + prior`` are the log-odds of ``probability``.
         contributions: (rows, features and ``REST``) terms of the features in the evidence; None unless it is linear.
     """
 
@@ -54,7 +54,7 @@ def explanation(
         matrix: (rows, columns) design matrix; the first columns that the final classifier reads are those of ``names``.
         probability: (rows,) predictions of the classifier.
         names: names of the features.
-        base_rate: share of hallucinated mentions in training, the prior if none was fitted.
+        base_rate: share of hallucinated mentions where it was calibrated, the prior if none was fitted.
     """
     if not len(matrix):
         return Explanation(probability, np.zeros(0), np.zeros(0))

@@ -100,7 +100,7 @@ def test_a_missing_value_pushes_under_its_own_name():
 def test_a_plain_detector_takes_the_base_rate_for_its_prior(plain, tmp_path):
     why = plain.explain(TEST)
     assert expit(why.evidence + why.prior) == pytest.approx(why.probability, abs=1e-12)
-    assert expit(why.prior[0]) == pytest.approx(mention_rows(TRAIN)["label"].mean())
+    assert expit(why.prior[0]) == pytest.approx(mention_rows(CALIBRATION)["label"].mean())
     assert np.ptp(why.prior) == 0
     plain.save(tmp_path / "d")
     assert (Detector.load(tmp_path / "d").explain(TEST).prior == why.prior).all()

@@ -277,6 +277,15 @@ def test_recalibration_needs_mentions_and_a_line():
         isotonic.recalibrate(token_table(10))
 
 
+def test_recalibrated_without_labels_where_it_was_calibrated_it_stays_the_same():
+    train, calibration = halves(token_table(300))
+    kept = (calibration["label"] != 1) | (np.random.default_rng(0).random(len(calibration)) < 0.5)
+    calibration = calibration[kept].reset_index(drop=True)  # fewer hallucinated mentions than in training
+    detector = Detector(C=1.0).fit(train, calibration)
+    same = detector.recalibrate(calibration, labelled=False)
+    np.testing.assert_allclose(same.predict(calibration), detector.predict(calibration), atol=1e-3)
+
+
 def test_recalibrated_on_few_pictures_it_has_no_monitor():
     train, calibration = halves(token_table(200))
     detector = Detector(C=1.0).fit(train, calibration)
