@@ -31,10 +31,11 @@ TEACHER = "verify_odds"
 """Column that the second score learns from: log-odds of a yes; NaN where the model was not asked."""
 UNITS, MEMBERS = 128, 3
 """Units of the hidden layer, and networks whose scores are averaged."""
-EPOCHS, TAUGHT_EPOCHS, STEPS, BATCH, RATE, DECAY, DROPOUT = 12, 30, 100, 256, 4e-3, 1e-2, (0.1, 0.3)
+EPOCHS, TAUGHT_EPOCHS, STEPS, BATCH, RATE, DECAY, DROPOUT = 12, 50, 100, 256, 4e-3, 1e-2, (0.1, 0.3)
 """Training by AdamW with one cycle of the learning rate, of ``STEPS`` at least; dropout of inputs and hidden units.
-Where the teacher alone teaches, the probe is fitted only once for all labels, and may learn for longer. Of 1,000
-captions 100 steps learn as much as 300: AUROC on held-out mentions .0009 higher (8 splits, standard error .0002)."""
+Where the teacher alone teaches, the probe is fitted only once for all labels, and may learn for longer: with 50 passes
+over the mentions the AUROC on those of other pictures is .001 higher than with 30. Of 1,000 captions 100 steps learn as
+much as 300: AUROC on held-out mentions .0009 higher (8 splits, standard error .0002)."""
 DRAFT_STEPS = 50
 """Of a draft."""
 LARGEST_ODDS = 20.0
