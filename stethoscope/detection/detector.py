@@ -179,7 +179,7 @@ class Detector:
             ArtefactError: the two tables have different features.
         """
         self._model, self._inputs = None, Inputs()  # if fitting fails, the old model must not read the new columns
-        tables = train, calibration
+        train, calibration = tables = self._selection.centre_replies(train, calibration)
         unlabelled = self._selection.unlabelled(train)
         train = self._selection.labelled(train)
         names = self._selection.features(feature_names(train))

@@ -90,6 +90,27 @@ def intercept_of_share(share: float, base_rate: float) -> float:
     return float(logit(share) - logit(base_rate))
 
 
+def reply_boundary(odds: np.ndarray, labels: np.ndarray) -> float:
+    """Return the log-odds of a yes below which the model's replies count as a no.
+
+    A model that is asked whether an object it named is there rather says yes: it denies far fewer names than are wrong.
+    As many replies lie below the boundary as mentions are wrong, if some have labels. Without any it is the mean less a
+    standard deviation, and 0 at least: two groups of replies, the smaller with a tenth to a third of them, are told
+    apart by it, and a model that says no by itself is believed.
+
+    Args:
+        odds: (rows,) log-odds of a yes.
+        labels: (rows,) of 0 and 1, others where not known.
+
+    >>> reply_boundary(np.array([1.0, 2.0, 6.0, 6.0, 7.0, 8.0]), np.full(6, -1)).__round__(2)
+    2.42
+    """
+    known = np.isin(labels, (0, 1))
+    if len(np.unique(labels[known])) == 2:
+        return float(np.quantile(odds[known], labels[known].mean()))
+    return max(0.0, float(odds.mean() - odds.std())) if len(odds) else 0.0
+
+
 def mixture_line(scores: np.ndarray, steps: int = 500) -> tuple[float, float] | None:
     """Fit slope and intercept from scores to log-odds of hallucination without a label.
 

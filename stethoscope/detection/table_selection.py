@@ -23,6 +23,7 @@ from stethoscope.detection.calibrated_model import CALIBRATIONS
 from stethoscope.detection.design_matrix import Inputs, is_hidden
 from stethoscope.detection.estimator_classes import check_estimator
 from stethoscope.detection.hidden_probe import TEACHER
+from stethoscope.detection.recalibration import reply_boundary
 from stethoscope.detection.visual_consistency import FEATURE
 from stethoscope.features.columns import feature_of, group_of
 
@@ -104,6 +105,17 @@ class Selection:
             kept = kept & (rows["repeat_index"].to_numpy() == 0)
         return rows[kept].reset_index(drop=True)
 
+    def centre_replies(
+        self, train: pd.DataFrame, calibration: pd.DataFrame | None
+    ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+        """Shift the model's replies in both folds, so that 0 is their boundary in the first; not if all have labels."""
+        if self.settings["labels"] == "all":
+            return train, calibration
+        rows = self._asked(mention_rows(train, self.settings["subtokens"], self.settings["repeats"], judged=False))
+        labels = rows["label"].to_numpy() if self.settings["labels"] == "few" else np.full(len(rows), -1)
+        boundary = reply_boundary(rows[TEACHER].to_numpy(dtype=float), labels)
+        return _shifted(train, boundary), None if calibration is None else _shifted(calibration, boundary)
+
     def labelled(self, table: pd.DataFrame) -> pd.DataFrame:
         """Select the mentions to learn from, with the labels that ``labels`` asks for."""
         if self.settings["labels"] != "none":
@@ -183,3 +195,11 @@ class Selection:
         if not inputs.without_evidence:
             raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
         return replace(inputs, features=inputs.without_evidence)
+
+
+def _shifted(table: pd.DataFrame, boundary: float) -> pd.DataFrame:
+    """Return a table with other replies and the same other columns, which are not copied."""
+    shifted = table.copy(deep=False)
+    if TEACHER in shifted:
+        shifted[TEACHER] = shifted[TEACHER] - boundary
+    return shifted

@@ -12,7 +12,7 @@ from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.design_matrix import is_hidden
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.hidden_probe import COLUMNS, DECAY, RATE, AdamW, HiddenProbe, backward
-from stethoscope.detection.recalibration import FREEDOM, mixture_line
+from stethoscope.detection.recalibration import FREEDOM, mixture_line, reply_boundary
 from stethoscope.metrics import classification
 
 SIZE = 12
@@ -188,6 +188,30 @@ def test_few_labels_are_enough_beside_many_mentions_without():
     alone = Detector(features=STATES).fit(TRAIN[known].drop(columns="verify_odds"))
     assert area(few) > area(alone) + 0.02
     assert classification.ece(LABELS, few.predict(UNTAUGHT)) < 0.1
+
+
+@pytest.mark.parametrize("labels", ["few", "none"])
+def test_a_model_that_says_yes_too_readily_teaches_as_well(labels):
+    known = TRAIN["group"].isin(TRAIN["group"].unique()[:60]) & (labels == "few")
+    rows = TRAIN.assign(label=np.where(known, TRAIN["label"], -1))
+    ready, readier = (
+        Detector(labels=labels, C=0.1).fit(rows.assign(verify_odds=rows["verify_odds"] + readiness))
+        for readiness in (4, 8)
+    )
+    np.testing.assert_allclose(ready.predict(UNTAUGHT), readier.predict(UNTAUGHT), atol=1e-3)
+    assert area(ready) > 0.8
+
+
+def test_replies_are_parted_where_the_labels_say_or_below_most():
+    random, unknown = np.random.default_rng(1), np.full(5000, -1)
+    wrong = random.random(5000) < 0.2
+    odds = np.where(wrong, 1, 7) + random.normal(size=5000)
+    assert 3 < reply_boundary(odds, unknown) < 5
+    labels = np.where(random.random(5000) < 0.1, wrong, -1)
+    assert np.mean(odds < reply_boundary(odds, labels)) == pytest.approx(0.2, abs=0.05)
+    assert reply_boundary(odds, np.where(wrong, -1, 0)) == reply_boundary(odds, unknown)  # a single kind says nothing
+    assert reply_boundary(odds - 7, unknown) == 0  # a model that says no by itself
+    assert reply_boundary(np.zeros(0), np.zeros(0)) == 0
 
 
 @pytest.mark.parametrize("labels", ["few", "none"])
