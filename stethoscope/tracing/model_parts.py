@@ -135,7 +135,7 @@ def outer_layers(model: nn.Module) -> list[nn.Module]:
     inside: set[nn.Module] = set()
     for layer in modules_of(model):
         if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
-            inside.update(layer.modules())
+            inside.update(modules_of(layer))
             layers.append(layer)
     return layers
 
