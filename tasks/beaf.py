@@ -18,14 +18,7 @@ from stethoscope.tasks.base import ScoredSample
 from stethoscope.tasks.counts import accuracy, f1, precision, recall, yes_rate
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.pope import asked_object
-from stethoscope.tasks.questions import (
-    Metric,
-    YesNoTask,
-    harmonic_mean,
-    label_text,
-    question_text,
-    share,
-)
+from stethoscope.tasks.questions import Metric, YesNoTask, harmonic_mean, label_text, question_text, share
 from stethoscope.tasks.sources import DataSource, SourceRow, check_choice, check_positive, setting_path
 from stethoscope.tasks.yes_no import PARSERS
 

@@ -16,14 +16,7 @@ from stethoscope.core.types import UNKNOWN, Sample
 from stethoscope.tasks.annotations import clipped, read_rows, shown, with_suffix
 from stethoscope.tasks.counts import recall, tnr, yes_rate
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.questions import (
-    TNR_PUBLISHED,
-    TPR_PUBLISHED,
-    Metric,
-    YesNoTask,
-    balanced,
-    question_text,
-)
+from stethoscope.tasks.questions import TNR_PUBLISHED, TPR_PUBLISHED, Metric, YesNoTask, balanced, question_text
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, check_choices, setting_path
 from stethoscope.tasks.yes_no import PARSERS
 

@@ -24,12 +24,7 @@ from stethoscope.detection.estimator_classes import restored_classifier
 from stethoscope.detection.estimators import add_prefix
 from stethoscope.detection.explain import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
-from stethoscope.detection.recalibration import (
-    intercept_of_share,
-    mixture_line,
-    share_of_hallucinated,
-    shrunk_line,
-)
+from stethoscope.detection.recalibration import intercept_of_share, mixture_line, share_of_hallucinated, shrunk_line
 from stethoscope.detection.risk_control import RiskGuarantee
 from stethoscope.detection.shift import RunShift, ShiftMonitor
 from stethoscope.detection.table_selection import Selection, check_settings

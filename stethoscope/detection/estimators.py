@@ -25,12 +25,7 @@ from stethoscope.detection.estimator_classes import (
     make_classifier,
     preparation,
 )
-from stethoscope.detection.inference import (
-    MAX_LEAVES,
-    MAX_LOG_ODDS,
-    MAX_TREES,
-    NEURONS,
-)
+from stethoscope.detection.inference import MAX_LEAVES, MAX_LOG_ODDS, MAX_TREES, NEURONS
 
 C_VALUES = (0.01, 0.1, 1.0, 10.0)
 PER_HEAD_C_VALUES = (0.01, 0.03, 0.1, 0.3)

@@ -9,14 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.core.token_table import (
-    FeatureSchema,
-    MentionSelection,
-    Repeats,
-    feature_matrix,
-    mention_rows,
-    require,
-)
+from stethoscope.core.token_table import FeatureSchema, MentionSelection, Repeats, feature_matrix, mention_rows, require
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.detector import Detector

@@ -11,14 +11,7 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.core.token_table import (
-    SUBTOKENS,
-    FeatureSchema,
-    Repeats,
-    feature_names,
-    mention_rows,
-    select_features,
-)
+from stethoscope.core.token_table import SUBTOKENS, FeatureSchema, Repeats, feature_names, mention_rows, select_features
 from stethoscope.detection.calibrated_model import CALIBRATIONS
 from stethoscope.detection.design_matrix import Inputs, is_hidden
 from stethoscope.detection.estimator_classes import check_estimator

@@ -19,12 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.compiled_classifiers import compile_classifier
-from stethoscope.detection.estimators import (
-    Stacked,
-    add_prefix,
-    inner_folds,
-    restore_estimator,
-)
+from stethoscope.detection.estimators import Stacked, add_prefix, inner_folds, restore_estimator
 from stethoscope.detection.inference import LinearClassifier
 
 FEATURE = "attended_embedding"
