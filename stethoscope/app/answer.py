@@ -406,7 +406,7 @@ def _explanation(
 ) -> str:
     """Encode the diagnosis of a session's answer for the page."""
     question, seconds = session.question, time.perf_counter() - start
-    notes = [*question.notes, f"Answered and explained in {seconds:.1f} s."]
+    notes = [*question.notes, f"{'Explained' if question.case else 'Answered and explained'} in {seconds:.1f} s."]
     turns = payload.conversation(conversation, session.id)
     return payload.diagnosed_answer(diagnosis, session.id, notes, question.case, turns)
 

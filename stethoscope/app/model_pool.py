@@ -256,7 +256,7 @@ class ModelPool:
                     _check_features(live_detector, adapter)
                 origin = describe_origin(final)
                 if candidate != final:
-                    origin += f", while writing {describe_origin(candidate)}"
+                    origin += f"; while the answer is written, {describe_origin(candidate)}"
                 return Detectors(detector, live_detector, delay, origin, final)
         if live is not None:
             raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")

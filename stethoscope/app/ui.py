@@ -258,8 +258,8 @@ def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Session
 
 def _run_tab(runs: Runs) -> dict[str, Any]:
     with gr.Row():
-        run = gr.Dropdown(runs.names, value=runs.first, label="run", elem_id="run")
-        other = gr.Dropdown(_others(runs), value=runs.other or "", label="beside it", elem_id="other")
+        run = gr.Dropdown(runs.names, value=runs.first, label="run", elem_id="run", min_width=260)
+        other = gr.Dropdown(_others(runs), value=runs.other or "", label="beside it", elem_id="other", min_width=260)
     with gr.Tabs():
         with gr.Tab("Samples"):
             script = asset("diagnosis/parts.js") + asset("report/samples.js")

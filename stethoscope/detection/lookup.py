@@ -136,7 +136,7 @@ def describe_origin(folder: Path) -> str:
     """Describe a detector by the run that it belongs to."""
     if folder == DETECTOR_DIR:
         return "the one that comes with the embedded model, trained on captions of its own"
-    return f"of the run {folder.resolve().parent.name}" if folder.name == "detector" else folder.name
+    return f"that of the run {folder.resolve().parent.name}" if folder.name == "detector" else folder.name
 
 
 def _model_fingerprint(folder: Path) -> dict[str, Any]:

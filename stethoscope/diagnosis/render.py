@@ -211,7 +211,8 @@ def summarise(diagnosis: Diagnosis) -> str:
 
 def page(diagnosis: Diagnosis) -> str:
     """Write the static page of ``Diagnosis.to_html``: the viewer and its payload."""
-    data = {**payload(diagnosis), "answer_id": "page", "summary": summarise(diagnosis)}
+    data = {**payload(diagnosis), "answer_id": "page"}
+    data["summary"] += f", {sum(diagnosis.seconds.values()):.1f} s"  # warnings and outcomes have a line of their own
     parts = {key: data[key] for key in ("asked", "text", "summary", "notes", "scope")}
     body = render("diagnosis/page.html", viewer=viewer(**parts), data=json_block("data", data))
     code = render("diagnosis/page.js", viewer=script())

@@ -174,7 +174,10 @@ def _cost_plots(results: DetectorResults) -> tuple[Plot, ...]:
     points = [(row.name, COSTS[row.cost], row.metrics["auroc"]) for row in ranked]
     if len(points) < 2:
         return ()
-    note = "Large: ours. Cost: what the features need beyond generating the answer. Lines: 95 % intervals over images."
+    note = (
+        "Large and blue: this run's detector; orange: published ones. Cost: what the features need beyond generating "
+        "the answer. Lines: 95 % intervals over images."
+    )
     return (plots.plot_costs(points, tuple(COSTS.values()), note),)
 
 

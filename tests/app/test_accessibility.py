@@ -68,6 +68,8 @@ def test_the_report_that_the_app_shows(page, folder, tmp_path):
     file.write_text(json.loads(Runs(folder, None, tmp_path).figures("small"))["page"], "utf-8")
     page.goto(file.as_uri())
     assert violations(page, "figures", 4) == []
+    chip = "getComputedStyle(document.querySelector('article mark.st-last'), '::after').content"
+    assert page.evaluate(chip) == "none"  # the percentage is in the heading: no empty chip beside the mention
 
 
 @pytest.mark.parametrize("count", [QUICK, pytest.param(4, marks=pytest.mark.slow)])

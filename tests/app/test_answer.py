@@ -302,7 +302,7 @@ def test_the_embedded_model_comes_with_a_detector_and_a_newer_one_of_a_run_goes_
     assert shown[-1]["mentions"][0]["probability"] is not None
     assert any("comes with the embedded model" in note for note in shown[-1]["notes"])
     with pool.use("testbed") as ready:
-        assert ready.detectors.origin == "of the run small"
+        assert ready.detectors.origin == "that of the run small"
 
 
 @pytest.mark.parametrize("off", [None, "none"])

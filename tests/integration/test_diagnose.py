@@ -93,7 +93,7 @@ def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trai
     assert "no object detector" in out
     assert "features: " in out
     assert "picture: " in out
-    assert f"detector: of the run {trained.name}" in out
+    assert f"detector: that of the run {trained.name}" in out
     assert "<script>alert" not in (tmp_path / "o" / "report.html").read_text()
     stethoscope("diagnose", *words, "answer=Nothing here.", code=0)
     assert not list((tmp_path / "o" / "heatmaps").iterdir())  # none is left of the answer before

@@ -116,7 +116,7 @@ function legend(kind, tint) {
   const meaning = data.meaning || "score of the object so far";
   entry(ramp, { surprise: "how improbable the token was, 0 to 100\u00a0%", contribution: "how much the image weighs against the text",
     every: "the detector on every token, which it is not calibrated for",
-    relevancy: patches ? "relevancy of the chosen patches, 0 to its largest" : "choose patches of the picture", attention: patches ? "attention to the chosen patches, 0 to its largest" : "choose patches of the picture" }[kind] || `${meaning}, 0 to 100\u00a0%`);
+    relevancy: patches ? "relevancy of the chosen patches, 0 to its largest" : "choose patches of the picture", attention: patches ? "attention to the chosen patches, 0 to its largest" : "choose patches of the picture" }[kind] || `0 to 100\u00a0%: ${meaning}`);
   if (data.threshold !== null) {
     const box = make("span", "word", "st-key-warned");
     box.append(make("b", "%"));
