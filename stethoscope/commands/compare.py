@@ -15,7 +15,8 @@ from stethoscope.storage.run_dir import saved_task
 USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [common=true] [plugins=PACKAGE,...]
 
 Sets finished runs against the first of them, if they answered the same samples of the same version of a task; runs that
-did not are refused, and the message names what differs. common=true compares the samples that both have. Prints
+did not are refused, and the message names what differs. common=true compares the samples that both have. Of several
+seeds with several runs each, a run is set against the first of its own seed. Prints
 
   runs                  one row each: primary metrics and what the detector is worth
   settings that differ  model, generation, features, detector

@@ -51,6 +51,11 @@ def run_names(sources: Sequence[RunReader]) -> list[str]:
     return distinct if all(distinct) and len(set(distinct)) == len(distinct) else short
 
 
+def is_seed(key: str) -> bool:
+    """Return whether a setting is a seed, such as ``detector.seed``."""
+    return key.rpartition(".")[2] == "seed"
+
+
 def _read_overrides(source: RunReader) -> list[str]:
     """Read the command-line overrides that the run was started with, except its name."""
     overrides = read_yaml(source.folder / "overrides.yaml", CONFIG_REMEDY, kind=list, default=[])
@@ -375,7 +380,7 @@ def _shorten(value: Any, length: int = 120) -> str:
 
 
 def compare(sources: Sequence[RunReader], load_task: TaskLoader, common: bool = False) -> tuple[list[Table], list[str]]:
-    """Compare every run with the first.
+    """Compare every run with the first; of a sweep over seeds and more, with the first of the same seeds.
 
     Args:
         sources: two runs or more.
@@ -383,7 +388,7 @@ def compare(sources: Sequence[RunReader], load_task: TaskLoader, common: bool = 
         common: compare the samples that both runs have, where one has more.
 
     Returns:
-        Tables, and remarks about detectors that could not be compared.
+        Tables, and remarks about what could not be compared.
 
     Raises:
         ConfigError: there are fewer than two runs, or two have no task in common or answered different samples.
@@ -393,20 +398,36 @@ def compare(sources: Sequence[RunReader], load_task: TaskLoader, common: bool = 
     first, names = sources[0], run_names(sources)
     tables: list[Table | None] = [summary_table(sources, names), setting_table(sources, names)]
     remarks = [source.no_detector() for source in sources if source.no_detector()]
-    for name, other in zip(names[1:], sources[1:], strict=True):
-        require_same(first, other, common=common)
-        pair = names[0], name
-        for task in common_tasks(first, other):
-            tables.append(task_table(first, other, first_task(first, task, load_task), pair))
-        if not (first.no_detector() or other.no_detector()):
-            if first.task != other.task:
-                remarks.append(f"the detectors judge mentions of {first.task} and of {other.task}")
+    references = _references(sources)
+    for name, other, index in zip(names[1:], sources[1:], references[1:], strict=True):
+        reference, pair = sources[index], (names[index], name)
+        if other is reference and other is not first:
+            remarks.append(f"{name} has another seed than {names[0]}; it is compared with runs of its own seed alone")
+            continue
+        require_same(reference, other, common=common)
+        for task in common_tasks(reference, other):
+            tables.append(task_table(reference, other, first_task(reference, task, load_task), pair))
+        if not (reference.no_detector() or other.no_detector()):
+            if reference.task != other.task:
+                remarks.append(f"the detectors judge mentions of {reference.task} and of {other.task}")
             else:
                 try:
-                    tables.append(detector_table(first, other, pair))
+                    tables.append(detector_table(reference, other, pair))
                 except DataError as error:
                     remarks.append(str(error))
         if other is not first:
-            other.release()  # the first is read once for all, every other one once
+            other.release()  # the first ones are read once for all, every other one once
     tables.append(leaderboard_table(sources, names))
     return [table for table in tables if table is not None], remarks
+
+
+def _references(sources: Sequence[RunReader]) -> list[int]:
+    """Return for every run the index of the one that it is compared with: the first, or the first of the same seeds.
+
+    Seeds count where each is that of several runs, as in a sweep over seeds and something else: a difference of one
+    seed's run to another's is noise and effect in one.
+    """
+    seeds = [tuple(sorted(word for word in _read_overrides(run) if is_seed(word.partition("=")[0]))) for run in sources]
+    if len(set(seeds)) < 2 or min(map(seeds.count, seeds)) < 2:
+        return [0] * len(sources)
+    return [seeds.index(own) for own in seeds]

@@ -17,7 +17,7 @@ from stethoscope.core.line_schemas import check_content
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
-from stethoscope.report.compare import TaskLoader, detector_table, first_task, require_same, task_table
+from stethoscope.report.compare import TaskLoader, detector_table, first_task, is_seed, require_same, task_table
 from stethoscope.report.console import print_table
 from stethoscope.report.metrics_tables import TITLES, metric_title, primary
 from stethoscope.report.run_report import table_page
@@ -99,7 +99,7 @@ class Comparison:
                 cells += [result.figures.get(name), *([result.differences.get(name)] if name in compared else [])]
             rows.append((*cells, result.job.status))
         note = "95 % intervals over images."
-        first = "the first job of the same seed" if any(map(_is_seed, self.keys)) else "the first job"
+        first = "the first job of the same seed" if any(map(is_seed, self.keys)) else "the first job"
         note += (
             f" − first: less {first}, paired over the same resampled images; p is two-sided and not corrected."
             if compared
@@ -110,7 +110,7 @@ class Comparison:
     @property
     def seed_table(self) -> Table | None:
         """List mean and standard deviation over seeds for every other setting; None where no setting has two seeds."""
-        others = [key for key in self.keys if not _is_seed(key)]
+        others = [key for key in self.keys if not is_seed(key)]
         groups: dict[tuple[str | None, ...], list[JobResult]] = {}
         for result in self.results:
             if result.figures:
@@ -215,11 +215,6 @@ def _title(figure: str) -> str:
     return metric_title(metric, task) if figure not in TITLES.values() else figure
 
 
-def _is_seed(key: str) -> bool:
-    """Return whether a setting is a seed, such as ``detector.seed``."""
-    return key.rpartition(".")[2] == "seed"
-
-
 def _mean_and_deviation(values: Sequence[float]) -> str:
     """Format the mean and the sample standard deviation; the mean alone of one value.
 
@@ -255,7 +250,7 @@ def compare_jobs(jobs: Sequence[Job], load_task: TaskLoader) -> Comparison:
             continue
         first = first or source
         result.shared = source is not first and _same_answers(first, source)
-        seeds = tuple((key, value) for key, value in job.settings.items() if _is_seed(key))
+        seeds = tuple((key, value) for key, value in job.settings.items() if is_seed(key))
         reference = first_of_seeds.setdefault(seeds, source)
         if reference is not source:
             shared = _same_answers(reference, source)

@@ -82,3 +82,18 @@ def test_samples_that_only_one_run_has(run_of):
 def test_what_differs_is_told(run_of):
     table = compare.setting_table([run_of("a"), run_of("b")], ("a", "b"))
     assert table.rows == (("adapter.model_id", "a", "b"),)
+
+
+def test_runs_of_a_sweep_over_seeds_are_compared_within_a_seed(run_of):
+    runs = [run_of(f"{way}{seed}", overrides=[f"generation={way}", f"seed={seed}"]) for seed in (0, 1) for way in "ab"]
+    tables, remarks = compare.compare(runs, lambda run, name: Chair())
+    assert [table.title for table in tables if " against " in table.title] == [
+        "CHAIR: b0 against a0",
+        "CHAIR: b1 against a1",
+    ]
+    assert any(remark.startswith("a1 has another seed than a0") for remark in remarks)
+    tables, _ = compare.compare(runs[:3], lambda run, name: Chair())  # one run of a seed: as it was asked for
+    assert [table.title for table in tables if " against " in table.title] == [
+        "CHAIR: b0 against a0",
+        "CHAIR: a1 against a0",
+    ]
