@@ -60,7 +60,7 @@ def test_detectors_and_feature_sets_in_one_table(call, tmp_path):
     code, out, err = call("--multirun", "train", f"run={source}", "detector=logistic,boosting", features, *QUICK)
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("sweep-train-detector-features-run=")
+    assert folder.name.startswith("sweep-train_detector_features_run-")
     jobs = _jobs(folder)
     assert [job["settings"] for job in jobs] == [
         {"detector": kind, "detector.features": names}
@@ -361,4 +361,4 @@ def test_a_worker_that_is_killed_is_told(call, tmp_path, monkeypatch):
         assert "the launcher gave up" in err
         (lost,) = [job for job in _jobs(tmp_path / "runs" / "study") if job["job"] == 1]
         assert (lost["status"], lost["figures"]) == ("running", {})
-        assert "running: it left no word" in out
+        assert "running: it left no message" in out
