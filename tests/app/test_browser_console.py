@@ -45,7 +45,7 @@ def test_the_console_stays_empty(page, served, tmp_path):
         open_all(page, "#list")
         page.get_by_role("tab", name="Figures").click()
         figures = page.frame_locator("#figures iframe")
-        figures.locator("section").first.wait_for()
+        figures.locator("section").first.wait_for(timeout=60_000)
         page.wait_for_timeout(500)
         page.get_by_role("tab", name="Samples").click()
         page.locator("#list .st-chip.st-caught").first.click()

@@ -246,7 +246,7 @@ def test_a_finished_run_is_gone_through_and_a_sample_is_opened(page, served, tmp
     page.get_by_role("tab", name="Runs").click()
     page.get_by_role("tab", name="Figures").click()
     frame = page.frame_locator("#figures iframe")
-    frame.locator("svg").first.wait_for(timeout=30_000)
+    frame.locator("svg").first.wait_for(timeout=60_000)
     for words in ("Leader board: AUROC", "ROC", "Reliability"):
         assert frame.get_by_text(re.compile(words, re.I)).count() > 0
     source = RunReader.read(served.runs / "small")
@@ -313,7 +313,7 @@ def test_two_runs_are_set_side_by_side_and_one_in_progress_is_followed(page, ser
     assert page.locator("#run input").input_value() == "small"  # the list stays as it was
     page.get_by_role("tab", name="Figures").click()
     frame = page.frame_locator("#figures iframe")
-    frame.get_by_text("Detectors: beside against small").first.wait_for(timeout=30_000)
+    frame.get_by_text("Detectors: beside against small").first.wait_for(timeout=60_000)
     take(page, "comparison", tmp_path)
 
 
