@@ -153,10 +153,9 @@ class Selection:
             ConfigError: a name or pattern of the settings fits no column.
         """
         selected = select_features(names, self.settings["features"], self.settings["exclude"])
-        kind = self.settings["labels"]
-        if kind == "all":
+        if self.settings["labels"] == "all":
             return selected
-        evidence = kind == "few" and self.settings["visual_consistency"]
+        evidence = self.settings["visual_consistency"]
         return tuple(name for name in selected if is_hidden(name) or (evidence and feature_of(name) == FEATURE))
 
     def schema(self, table: pd.DataFrame, read: Sequence[str]) -> FeatureSchema:

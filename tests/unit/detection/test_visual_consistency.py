@@ -50,6 +50,21 @@ def test_the_place_tells_more_than_its_dimensions_alone(kind):
     assert classification.ece(LABELS, seeing.predict(TEST)) < 0.05
 
 
+def test_without_labels_the_place_tells_more_too():
+    random = np.random.default_rng(4)
+
+    def with_replies(table):
+        wrong = (table["label"] == 1).to_numpy()
+        states = {f"hidden_last_q_d{i:04d}": wrong + random.normal(size=len(table)) for i in range(2)}
+        return table.assign(**states, verify_odds=np.where(wrong, 2, 6) + random.normal(size=len(table)))
+
+    train, test = with_replies(TRAIN).assign(label=-1), with_replies(TEST)
+    seeing, blind = (
+        Detector(labels="none", C=0.1, visual_consistency=kind).fit(train).predict(test) for kind in (True, False)
+    )
+    assert classification.auroc(LABELS, seeing) > classification.auroc(LABELS, blind) + 0.03
+
+
 def test_what_it_learns_from_was_made_without_the_image():
     """A classifier that had seen an image would be trusted too much, and one that knew how often an object is
     hallucinated would pass that on: with pure noise as evidence nothing is gained or lost."""
