@@ -17,6 +17,7 @@ from stethoscope.core.component import TARGET, build
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
 from stethoscope.core.files import check_shape
+from stethoscope.core.text import redact_override
 from stethoscope.evaluation.callbacks import Callback
 from stethoscope.storage.run_dir import DETECTOR, RunStore, saved_task
 
@@ -112,7 +113,12 @@ def run_settings(config: DictConfig) -> dict[str, Any]:
     }
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    return {"command": hydra.job.config_name, "choices": chosen, "overrides": overrides(), **plain}
+    return {
+        "command": hydra.job.config_name,
+        "choices": chosen,
+        "overrides": [*map(redact_override, overrides())],
+        **plain,
+    }
 
 
 @contextmanager

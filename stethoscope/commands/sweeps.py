@@ -246,6 +246,9 @@ def _resolved(folder: Path) -> Path:
 def masked_multirun() -> Iterator[None]:
     """Mask secrets in the ``multirun.yaml`` that Hydra's sweeper writes, for which it has no hook."""
     from hydra._internal.core_plugins import basic_sweeper
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # runs the sweeper's module again, which would undo what follows
 
     class Masking:
         @staticmethod

@@ -215,6 +215,11 @@ _SECRET_VALUE = re.compile(
 _ASSIGNMENT = re.compile(
     r"""(?P<name>(?<![\w.\-+~$@])[\w.\-+~$@]++)(?P<sign>['"]?\s?=\s?|['"]:\s*)(?P<value>"[^"]*"|'[^']*'|[^\s&,;'"{}\[\]]+)"""
 )
+_FLOW = re.compile(
+    r"""(?P<name>(?<={)[ \t]*+[\w.\-]++|(?<=,)[\w.\-]++)(?P<sign>:[ \t]*)"""
+    r"""(?P<value>"[^"]*"|'[^']*'|\[[^\[\]]*\]|[^\s,;'"{}\[\]]+)"""
+)
+"""A key of a flow mapping, as in an override: ``{hub_token:abc}``."""
 _HEADER = re.compile(
     r"(?P<name>(?i:(?<![\w-])[\w-]++(?<=authorization)|(?:set-)?cookie|(?<![\w-])(?=[\w-]*?x-[\w-])[\w-]++)"
     r"|(?<!\w)\w(?=\w*?_\w)\w++)(?P<sign>:\s+)(?P<value>(?!\*{3})[^\s,;'\"}\]]+)"
@@ -275,7 +280,7 @@ def redact_text(text: str, environment: bool = True) -> str:
     for secret in _environment_secrets() if environment else ():
         text = text.replace(secret, MASK)
     text = _SECRET_VALUE.sub(_mask_value, text)
-    for pattern in (_ASSIGNMENT, _HEADER, _YAML_LINE):
+    for pattern in (_ASSIGNMENT, _FLOW, _HEADER, _YAML_LINE):
         text = pattern.sub(_mask_assignment, text)
     return text
 

@@ -291,7 +291,7 @@ def test_processes_of_a_machine_take_a_gpu_each_and_none_takes_all(monkeypatch):
     assert devices == ["cuda:0", "cuda:1", "cuda:0"]
     with pytest.raises(CapabilityError, match="takes all GPUs of a machine, and 3 processes run on this one"):
         Loading(device_map="auto").check_machine()
-    Loading(device_map="cuda:1").check_machine()
+    Loading(device_map="cpu").check_machine()
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ import pytest
 import yaml
 from helpers import wandb_reader
 from helpers.made_up_runs import made_up_run
+from omegaconf import OmegaConf
 
 from stethoscope import Detector
 from stethoscope.cli import main
-from stethoscope.commands.sweeps import _folder_name
+from stethoscope.commands.sweeps import _folder_name, masked_multirun
 from stethoscope.core.component import compose
 from stethoscope.core.types import Answer, Score
 from stethoscope.detection import leaderboard
@@ -362,3 +363,16 @@ def test_a_worker_that_is_killed_is_told(call, tmp_path, monkeypatch):
         (lost,) = [job for job in _jobs(tmp_path / "runs" / "study") if job["job"] == 1]
         assert (lost["status"], lost["figures"]) == ("running", {})
         assert "running: it left no message" in out
+
+
+def test_multirun_yaml_is_masked_though_hydra_looks_for_plugins_later(monkeypatch, tmp_path):
+    from hydra._internal.core_plugins import basic_sweeper
+    from hydra.core.plugins import Plugins
+    from hydra.core.singleton import Singleton
+
+    monkeypatch.delitem(Singleton._instances, Plugins, raising=False)  # as in a process that begins
+    config = {"api_key": "abc", "hydra": {"overrides": {"task": ["+api_key=abc"]}, "job": {"override_dirname": "abc"}}}
+    with masked_multirun():
+        Plugins.instance()
+        basic_sweeper.OmegaConf.save(OmegaConf.create(config), tmp_path / "multirun.yaml")
+    assert "abc" not in (tmp_path / "multirun.yaml").read_text()

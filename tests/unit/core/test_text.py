@@ -150,6 +150,9 @@ SECRET = "Ab3" + "x9Y" * 6
         f"{{'password': '{SECRET}'}}",
         f'{{"api_key": "{SECRET}"}}',
         f"app auth=user:{SECRET}",
+        f"+more={{hub_token:{SECRET}}}",
+        f"+more={{limit:3,auth:{SECRET},seed:0}}",
+        f"+more={{ password: [{SECRET}, b] }}",
         f"model:\n  hub_token: {SECRET}\n",
         f"app:\n  auth: {SECRET}\n",
     ],
@@ -166,6 +169,7 @@ def test_secrets_in_a_text_are_masked(text):
         "max_new_tokens=4 scope=token",
         "eos_token_id: 2, image_token: <image>",
         "a dog at the door, password on the wall",
+        "a dog, password: on the wall",
         "bearer of bad news",
         "runs/study/max_new_tokens=4",
         "me@example.com, https://host.example/@user/x",
@@ -177,7 +181,9 @@ def test_other_text_stays(text):
     assert redact_text(text) == text
 
 
-@pytest.mark.parametrize("part", ["a", "-", "a_", "x-", "sk-", "eyJ", "a.", "q: v  ", "  ", "token=", "a://"])
+@pytest.mark.parametrize(
+    "part", ["a", "-", "a_", "x-", "sk-", "eyJ", "a.", "q: v  ", "  ", "token=", "a://", "{a:", "{  ", ",a:"]
+)
 def test_long_runs_are_read_once(part):
     text = part * (40_000 // len(part))  # as of a model that repeats itself; each letter was read thousands of times
     assert len(redact_text(f"q: v{text}")) >= 10
