@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.special import expit, logit
 from sklearn.base import BaseEstimator
 
-from stethoscope.core.errors import ArtefactError, ConfigError, DataError
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError, first_line
 from stethoscope.core.token_table import FeatureSchema, Repeats, Subtokens, feature_names
 from stethoscope.detection import artifact
 from stethoscope.detection.calibrated_model import CalibratedModel, Examples
@@ -491,7 +491,7 @@ class Detector:
             manifest = DetectorManifest.parse(values)
             inputs = detector._selection.inputs(manifest.features, manifest.objects)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
-            raise ArtefactError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+            raise ArtefactError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
         settings = detector.settings
         model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])
         try:

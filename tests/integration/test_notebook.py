@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from stethoscope.diagnosis.render import MEANING
+
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
@@ -54,7 +56,7 @@ def test_pictures_are_shown(cells):
     assert "image/png" in figure.data
     first, second = outputs(cells, "diagnosis = stethoscope.diagnose")
     assert "blue: how improbable" in first.data["text/html"]
-    assert "red: probability" in second.data["text/html"]
+    assert f"red: {MEANING['unknown']}" in second.data["text/html"]
     assert second.data["text/html"].count("<img ") > 1
     assert "<script" not in second.data["text/html"]
 

@@ -263,7 +263,7 @@ def test_detector_differences_are_those_of_the_leader_board(finished, copy, monk
     monkeypatch.setattr(leaderboard, "SHUFFLES", 1)
     other = shutil.copytree(copy, copy.with_name("other"))
     stethoscope("train", f"run={copy}", "compare_with=[boosting]", "detector.C=0.1", code=0)
-    stethoscope("train", f"run={other}", "detector=boosting", code=0)
+    stethoscope("train", f"run={other}", "detector=boosting", "overwrite=true", code=0)
     first, second = RunReader.read(copy), RunReader.read(other)
     table = compare.detector_table(first, second, ("a", "b"))
     differences = first.detector.leaderboard.differences

@@ -34,6 +34,14 @@ def _quick(monkeypatch):
     monkeypatch.setattr(leaderboard, "SHUFFLES", 1)
 
 
+@pytest.fixture(autouse=True)
+def _own_workers():
+    """Ends joblib's workers, which would do the jobs of the next test in the folder of this one."""
+    yield
+    if "joblib.externals.loky" in sys.modules:
+        sys.modules["joblib.externals.loky"].get_reusable_executor().shutdown(wait=True)
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capfd):
     """Runs the command in an empty folder; its exit code, stdout and stderr."""

@@ -79,7 +79,7 @@ def test_task_to_task_and_subset_to_subset(home, tmp_path, stethoscope):
                       *QUICK, code=0)  # fmt: skip
     assert "away pope even" in out
     assert "unknown subset 'evn'; did you mean 'even'" in stethoscope(
-        "train", f"run={home}", f"test=[{{run: {away}, subset: evn}}]", *QUICK
+        "train", f"run={home}", f"test=[{{run: {away}, subset: evn}}]", "overwrite=true", *QUICK
     )
 
 
@@ -109,9 +109,10 @@ def test_states_of_other_weights_are_refused(tmp_path, stethoscope):
     assert "away chair has other weights than the model that the detector learns from, model of home" in line
     assert not (home / "detector").exists()  # it is said before anything is fitted
     for words in (("detector.exclude=['attended_embedding*']",), ("detector.visual_consistency=false",)):
-        assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *words, *QUICK, code=0)
+        words += ("overwrite=true", *QUICK)
+        assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *words, code=0)
     (away / "fingerprint.json").write_text((home / "fingerprint.json").read_text())
-    assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK, code=0)
+    assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", "overwrite=true", *QUICK, code=0)
 
 
 def test_wrong_targets_are_one_line(home, tmp_path, stethoscope):
@@ -159,6 +160,7 @@ def test_a_shift_is_named_below_the_table_and_recalibration_mends_it(home, tmp_p
     errors = [ece(test["label"].to_numpy(), detector.predict(test)) for detector in (before, after)]
     assert errors[1] < 0.6 * errors[0]
     assert after.certificate is None
-    stethoscope("train", f"run={away}", f"recalibrate={home}", f"run_dir={new}", "labels=0", "logger=none", code=0)
+    again = ("train", f"run={away}", f"recalibrate={home}", f"run_dir={new}", "logger=none", "overwrite=true")
+    stethoscope(*again, "labels=0", code=0)
     assert Detector.load(new).notes["recalibrated"]["labelled"] is False
-    stethoscope("train", f"run={away}", f"recalibrate={home}", f"run_dir={new}", "labels=-1", "logger=none", code=2)
+    stethoscope(*again, "labels=-1", code=2)
