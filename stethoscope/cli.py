@@ -118,9 +118,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     from stethoscope.commands.command_line import option, spell, split
     from stethoscope.commands.help import help_text
     from stethoscope.commands.overrides import (
-        check_mappings,
-        check_settings,
-        check_values,
+        check_config,
         complete_choices,
         explain,
         name_estimator,
@@ -158,9 +156,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
             sweep.run(config, job_config.job.num, list(job_config.overrides.task))
             return
         try:
-            check_settings(config, command, list(job_config.overrides.task))
-            check_values(config)
-            check_mappings(config, command)
+            check_config(config, command, list(job_config.overrides.task))
             import_plugins(config.get("plugins"))
             importlib.import_module(f"stethoscope.commands.{command}").run(config)
         except StethoscopeError as error:  # Hydra would print more than the one line

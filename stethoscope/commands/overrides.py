@@ -260,6 +260,22 @@ def _unknown_setting(key: str, known: Sequence[str]) -> str:
     return unknown("setting", key, [name for name in known if "." not in name])
 
 
+def check_config(config: Mapping[str, Any], command: str, words: Sequence[str]) -> None:
+    """Check a composed configuration before anything is loaded: its settings, their values, and what holds others.
+
+    Args:
+        config: the composed configuration.
+        command: its root.
+        words: the overrides.
+
+    Raises:
+        ConfigError: see ``check_settings``, ``check_values`` and ``check_mappings``.
+    """
+    check_settings(config, command, words)
+    check_values(config)
+    check_mappings(config, command)
+
+
 def check_settings(config: Mapping[str, Any], command: str, words: Sequence[str]) -> None:
     """Check that a composed configuration has no setting which the command cannot use, as of another's experiment.
 

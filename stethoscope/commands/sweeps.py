@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from stethoscope.commands.command_line import quote, unquoted
-from stethoscope.commands.overrides import check_mappings, check_settings, check_values, settings_of
+from stethoscope.commands.overrides import check_config, settings_of
 from stethoscope.core.component import TARGET, build, import_plugins
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 from stethoscope.core.text import (
@@ -118,9 +118,7 @@ class Sweep:
         print(f"[job {number}] {job.title}", flush=True)
         start = time.monotonic()
         try:
-            check_settings(config, self.command, words)
-            check_values(config)
-            check_mappings(config, self.command)
+            check_config(config, self.command, words)
             import_plugins(plugins)
             importlib.import_module(f"stethoscope.commands.{self.command}").run(config)
         except StethoscopeError as error:

@@ -135,11 +135,10 @@ def parse_reply(content: bytes) -> Reply:
     thoughts = thoughts if isinstance(thoughts, str) else None
     if text is None and thoughts is not None:
         text = ""
-    if isinstance(text, str):
-        text, thoughts = _whole_characters(text), thoughts and _whole_characters(thoughts)
     if not isinstance(text, str):
         why = message.get("refusal") or f"finish_reason {reason}"
         raise DataError(f"the server's reply has no text: {one_line(why)[:200]}")
+    text, thoughts = _whole_characters(text), thoughts and _whole_characters(thoughts)
     logged = choice.get("logprobs")
     entries = logged.get("content") if isinstance(logged, Mapping) else None
     entries = entries if isinstance(entries, list) else []

@@ -88,7 +88,7 @@ class Comparison:
     @property
     def table(self) -> Table:
         """List every job with its metrics and its final status."""
-        names = list(dict.fromkeys(name for result in self.results for name in result.figures if self._is_shown(name)))
+        names = self._shown_figures()
         compared = {name for result in self.results for name in result.differences}
         columns, rows = ["job", *self.keys], []
         for name in names:
@@ -117,7 +117,7 @@ class Comparison:
                 groups.setdefault(tuple(result.job.settings.get(key) for key in others), []).append(result)
         if len(others) == len(self.keys) or max(map(len, groups.values()), default=0) < 2:
             return None
-        names = list(dict.fromkeys(name for result in self.results for name in result.figures if self._is_shown(name)))
+        names = self._shown_figures()
         rows = []
         for settings, results in groups.items():
             cells = [_mean_and_deviation([item.figures[name].value for item in results if name in item.figures])
@@ -125,6 +125,10 @@ class Comparison:
             rows.append((*settings, len(results), *cells))
         columns = (*others, "seeds", *map(_title, names))
         return Table("over seeds", columns, tuple(rows), "Mean ± standard deviation over the seeds.")
+
+    def _shown_figures(self) -> list[str]:
+        """List the figures of all jobs that tables show, in the order in which they come."""
+        return list(dict.fromkeys(name for result in self.results for name in result.figures if self._is_shown(name)))
 
     def _is_shown(self, name: str) -> bool:
         """Tell whether the table shows a metric: those in ``SHOWN``, and those of tasks with other answers."""
