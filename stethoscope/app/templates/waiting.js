@@ -28,26 +28,26 @@ new MutationObserver(() => { soon = soon || setTimeout(tell, 300); }).observe(tr
 const BUSY = "An answer is being written. Stop ends it, then ask again.";
 let asked = false;
 
-function writing() {
-  const wrap = tracker.querySelector(":scope > .wrap"), shown = (id) => !element.querySelector(`[data-id="${id}"]`).hidden;
-  return Boolean(wrap && !wrap.classList.contains("hide")) || (shown("written") && !shown("diagnosed"));
-}
-
 function busy(text) {
   const label = document.querySelector('#busy [data-id="busy"]');
   if (label && label.textContent !== text) label.textContent = text;
 }
 
 function ask() {
-  if (asked && writing()) busy(BUSY);
+  if (asked) busy(BUSY);
   asked = true;
 }
 
-document.addEventListener("click", (event) => { if (event.target.closest("#ask")) ask(); }, true);
-document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.shiftKey && event.target.closest("#question")) ask(); }, true);
-new MutationObserver(() => {
-  if (writing()) return;
+function ended() {
   asked = false;
   busy("");
-}).observe(tracker, { attributes: true, attributeFilter: ["class", "hidden"], childList: true, subtree: true });
+}
+
+document.addEventListener("click", (event) => {
+  if (event.target.closest("#ask")) ask();
+  else if (event.target.closest("#stop, #anew")) ended();
+}, true);
+document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.shiftKey && event.target.closest("#question")) ask(); }, true);
+// the viewer's own word, set with each message: Gradio's tracker also shows and hides for an upload beside the question
+new MutationObserver(() => { if (element.ariaBusy !== "true") ended(); }).observe(element, { attributes: true, attributeFilter: ["aria-busy"] });
 }

@@ -564,6 +564,7 @@ function receive() {
   let message;
   try { message = JSON.parse(props.value || "{}"); } catch (error) { say("what came from the server cannot be read", true); return; }
   if (message.kind === "heads") { receiveHeads(message); return; }
+  element.ariaBusy = message.kind === "busy" || message.kind === "writing";
   if (!message.kind || message.kind === "hint" || message.kind === "error" || message.kind === "busy") {
     say(message.text || "", message.kind === "error");
     if (message.kind === "error") fetching = null;
