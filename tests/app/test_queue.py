@@ -42,8 +42,7 @@ def slowed(adapter, seconds):
     try:
         yield passes
     finally:
-        hook.remove()
-
+    
 
 def prepare(page, served):
     page.set_input_files("#photograph input[type=file]", sorted(served.own.glob("counter-*.png"))[0])
@@ -73,7 +72,9 @@ def test_a_phone_is_served_when_the_one_before_it_is_closed(pages, served, adapt
     assert not served.pool.busy
 
 
-def test_twenty_sessions_are_queued_and_each_is_told_its_place(pages, served):
+def test_twenty_sessions_are_queued_and_each_is_told_its_place(pages, served, adapter, request):
+    hook = adapter.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # every number stays long enough
+    request.addfinalizer(hook.remove)
     page, users = pages(390, 844), [Client(served.address) for _ in range(SESSIONS - 1)]
     with served.pool.use("testbed"):
         for user in users:
