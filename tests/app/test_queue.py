@@ -42,7 +42,8 @@ def slowed(adapter, seconds):
     try:
         yield passes
     finally:
-    
+        hook.remove()
+
 
 def prepare(page, served):
     page.set_input_files("#photograph input[type=file]", sorted(served.own.glob("counter-*.png"))[0])

@@ -406,7 +406,9 @@ def test_an_answer_is_stopped(page, served, adapter, tmp_path):
     try:
         page.set_input_files("#photograph input[type=file]", next(served.own.glob("counter-000001*.png")))
         page.wait_for_selector("#photograph img")
-        page.evaluate("document.querySelector('#ask').click(), document.querySelector('#view').classList.toggle('upload')")
+        page.evaluate(
+            "document.querySelector('#ask').click(), document.querySelector('#view').classList.toggle('upload')"
+        )
         page.wait_for_selector("#view .st-caret")
         assert page.locator("#busy").is_hidden()
         page.click("#ask")  # which Gradio drops, whatever changed the viewer just after the first click
