@@ -1,20 +1,23 @@
 """Measure another checkout and this one in turn, and print one Markdown table: time, memory, equality.
 
-    python scripts/bench/against.py 2984e12           # that commit against this checkout, about ten minutes
-    python scripts/bench/against.py 2984e12 --parts relevancy beside --rounds 3
+    python scripts/bench/against.py 2984e12           # that commit against this checkout, about twenty minutes
+    python scripts/bench/against.py 2984e12 --parts features     # about seven minutes
+    python scripts/bench/against.py 2984e12 --parts relevancy beside --rounds 5
     python scripts/bench/against.py 2984e12 --table   # the table of the figures so far
 
-Both checkouts run in a process of their own, with the same libraries, and take turns part by part, so that other work
-on the machine falls on both; of --rounds times the smallest counts. Every figure is one JSON line in --out, written as
-soon as it is reached; a second call goes on with those that are missing. Times are of the processor; those of the clock
-are printed beside them. A part that fails is left out: 2984e12 needs skops for `stream` and `train` (in a folder of its
+A round is a pair of fresh processes, one of each checkout, with the same libraries. The two take turns (in `features`
+run by run), and the next pair begins with the other, so that neither a process that happens to be slow nor other work
+on the machine falls on one checkout alone. Ratios are taken pair by pair; the table has their median and, in brackets,
+the smallest and the largest. Every figure is one JSON line in --out, written as soon as both checkouts of a pair have
+reached it; a second call goes on with those that are missing. Times are of the processor; those of the clock are
+printed beside them. A part that fails is left out: 2984e12 needs skops for `stream` and `train` (in a folder of its
 own, on PYTHONPATH).
 
     relevancy     from nothing, in plain forward passes: 8 layers, 512 wide, 640 prompt and 64 answer tokens
     beside        the same model: generation and trace with relevancy less those without, in forward passes
     image         relevancy from nothing at 2,916 image tokens
-    features      runs of the evaluator over descriptions by the embedded model with each checkout's fast, default and
-                  full features, token tables and heat maps, less the run without features
+    features      runs of the evaluator over 24 descriptions by the embedded model with each checkout's fast, default
+                  and full features, token tables and heat maps, beside the run without features
     stream        a stream with the detector's probabilities, undelayed, beside generation
     pope          questions per second, 18 to a picture, in batches of 32
     train         the command `train` on 1,000 descriptions with each checkout's default features
@@ -33,19 +36,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
-from against_table import BATCHES, table
+from against_table import BATCHES, SETS, table
 from shapes import Figures
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = str(Path(__file__).with_name("against_worker.py"))
 PARTS = ("relevancy", "beside", "image", "features", "stream", "pope", "train", "start", "memory", "same")
-ONCE = ("image", "train", "memory", "same")
-"""Parts that are not repeated."""
+ROUNDS = {"features": 8, "image": 1, "train": 1, "memory": 1, "same": 1}
+"""Pairs of processes, where they are not 3."""
 
 Times = dict[str, list[float]]
 """By way, seconds of the processor and of the clock."""
@@ -65,10 +68,8 @@ class Checkout:
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def ask(self, way: str, fresh: bool = False, **options: Any) -> Any:
-        """Return what a method of ``Worker`` returns; ``fresh`` in a process that does nothing else."""
-        if fresh:
-            self.close()
+    def ask(self, way: str, /, **options: Any) -> Any:
+        """Return what a method of ``Worker`` returns."""
         if self._process is None:
             words = [sys.executable, WORKER, str(self.root), "serve", str(self.folder)]
             self._process = subprocess.Popen(
@@ -79,8 +80,6 @@ class Checkout:
         reply = self._process.stdout.readline()
         if not reply:
             raise SystemExit(f"{self.root}: {way} failed: {self._process.stderr.read()[-2000:]}")
-        if fresh:
-            self.close()
         return json.loads(reply)
 
     def close(self) -> None:
@@ -115,14 +114,38 @@ class Checkout:
         return [usage.ru_utime + usage.ru_stime, time.perf_counter() - start]
 
 
-def asked(part: str) -> list[tuple[str, dict[str, Any]]]:
-    """List the methods that a part asks for, with their options."""
+Step = tuple[str, dict[str, Any]]
+"""A method of ``Worker``, and its options."""
+
+
+def asked(part: str, number: int) -> list[tuple[str, list[Step]]]:
+    """List the figures of a round, each with the steps in which the checkouts take turns."""
     if part == "features":
-        return [("features", {"batch": batch}) for batch in BATCHES]
+        ways = ["none", *SETS][:: -1 if number % 2 else 1]
+        return [
+            (f"features-{batch}", [("warm_up", {}), *(("features", {"batch": batch, "way": way}) for way in ways)])
+            for batch in BATCHES
+        ]
     if part == "memory":
-        peaks = [("memory", {"fresh": True, "kind": kind}) for kind in ("recomputed", "kept", "beside")]
-        return [*peaks, *[("rss", {"fresh": True, "features": name}) for name in ("default", "full")]]
-    return [(part, {})]
+        peaks = [(f"memory-{kind}", [("memory", {"kind": kind})]) for kind in ("recomputed", "kept", "beside")]
+        return [*peaks, *[(f"rss-{name}", [("rss", {"features": name})]) for name in ("default", "full")]]
+    return [(part, [(part, {})])]
+
+
+def take_turns(checkouts: Mapping[str, Checkout], steps: Sequence[Step]) -> dict[str, Any]:
+    """Return the values of the checkouts that can do all steps, each of which they do one after the other."""
+    values: dict[str, Any] = {name: {} for name in checkouts}
+    for way, extra in steps:
+        for name in list(values):
+            try:
+                values[name] |= checkouts[name].start() if way == "start" else checkouts[name].ask(way, **extra)
+            except SystemExit as error:
+                print(error, file=sys.stderr)
+                checkouts[name].close()
+                del values[name]
+    if steps[0][0] == "start" and "after" in values:
+        values["after"] |= checkouts["after"].bare()
+    return values
 
 
 def measure(options: argparse.Namespace, figures: Figures) -> None:
@@ -136,23 +159,21 @@ def measure(options: argparse.Namespace, figures: Figures) -> None:
     roots = {"before": other, "after": ROOT}
     checkouts = {name: Checkout(root, (folder / name).resolve(), options.threads) for name, root in roots.items()}
     for part in options.parts:
-        rounds = 1 if part in ONCE else options.rounds
-        for number in range(rounds):
-            for way, extra in asked(part):
-                for name, checkout in checkouts.items():
-                    label = "-".join(str(value) for value in (way, *extra.values()) if value is not True)
-                    key = f"{options.threads} {name} {label} {number}"
-                    if not figures.missing(key):
-                        continue
-                    try:
-                        values = checkout.start() if way == "start" else checkout.ask(way, **extra)
-                        if way == "start" and name == "after":
-                            values |= checkout.bare()
-                    except SystemExit as error:
-                        print(error, file=sys.stderr)
-                        checkout.close()
-                        continue
-                    figures.add(key, part=label, name=name, threads=options.threads, values=values)
+        for number in range(ROUNDS.get(part, 3) if options.rounds is None else options.rounds):
+            order = dict(list(checkouts.items())[:: -1 if number % 2 else 1])
+            for label, steps in asked(part, number):
+                keys = {name: f"{options.threads} {name} {label} {number}" for name in order}
+                if any(figures.missing(key) for key in keys.values()):
+                    for name, values in take_turns(order, steps).items():
+                        about = {"part": label, "name": name, "threads": options.threads, "round": number}
+                        figures.add(keys[name], **about, values=values)
+                if part == "memory":  # every peak is that of a process which does nothing else
+                    close(checkouts)
+            close(checkouts)
+
+
+def close(checkouts: Mapping[str, Checkout]) -> None:
+    """End the processes."""
     for checkout in checkouts.values():
         checkout.close()
 
@@ -163,7 +184,7 @@ def main() -> None:
     parser.add_argument("commit", help="the other checkout")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "against.jsonl")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=2, help="of parts that are repeated; the smallest time counts")
+    parser.add_argument("--rounds", type=int, help="pairs of processes (default: 8 for `features`, 3 or 1 for others)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further figure after so long")
     parser.add_argument("--table", action="store_true", help="print the table of the figures so far")

@@ -33,11 +33,13 @@ def _rows() -> list[Row]:
     ]
     limits = {1: (0.06, 0.32, 0.65), 8: (0.10, 0.60, 1.40)}
     for batch in BATCHES:
+        many = "batches of 8" if batch == 8 else "one at a time"
+        rows.append((f"features-{batch}", f"run without features, {many}, s", lambda t: t["none"], "", None))
         for name, limit in zip(SETS, limits[batch], strict=True):
-            what = f"`{name}`, {'batches of 8' if batch == 8 else 'one at a time'}, x plain"
             more = lambda t, name=name: t[name] / t["none"]  # noqa: E731
             kept = lambda _, now, limit=limit: now <= 1 + limit  # noqa: E731
-            rows.append((f"features-{batch}", what, more, f"{1 + limit:.2f}", kept))
+            rows.append((f"features-{batch}", f"`{name}`, {many}, x plain", more, f"{1 + limit:.2f}", kept))
+            rows.append((f"features-{batch}", f"`{name}`, {many}, s", lambda t, name=name: t[name], "", None))
     rows += [
         ("stream", "streaming, undelayed, x plain", lambda t: t["stream"] / t["generate"], "1.05",
          lambda _, now: now <= 1.05),
@@ -53,34 +55,45 @@ def _rows() -> list[Row]:
                    for part, what in peaks.items()]  # fmt: skip
 
 
-def smallest(lines: Sequence[dict[str, Any]], part: str, name: str, clock: int) -> dict[str, float]:
-    """Return the smallest seconds of every way of a part; memory as it is."""
-    times: dict[str, float] = {}
+def rounds(lines: Sequence[dict[str, Any]], part: str, clock: int) -> list[dict[str, dict[str, float]]]:
+    """Return the seconds of every way of a part by checkout, round by round; memory as it is."""
+    pairs: dict[int, dict[str, dict[str, float]]] = {}
     for line in lines:
-        if (line["part"], line["name"]) == (part, name):
-            for way, value in line["values"].items():
-                number = value[clock] if isinstance(value, list) else value
-                times[way] = min(number, times.get(way, number))
-    return times
+        if line["part"] == part:
+            values = {way: value[clock] if isinstance(value, list) else value for way, value in line["values"].items()}
+            pairs.setdefault(line["round"], {})[line["name"]] = values
+    return [pair for pair in pairs.values() if len(pair) == len(CHECKOUTS)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Format the median of values, and the smallest and the largest where there are several.
+
+    >>> spread([1.234]), spread([1.1, 1.3, 1.2])
+    ('1.23', '1.20 (1.10-1.30)')
+    """
+    texts = [f"{value:.0f}" if value >= 100 else f"{value:.2f}" for value in
+             (statistics.median(values), min(values), max(values))]  # fmt: skip
+    return texts[0] if len(values) == 1 else f"{texts[0]} ({texts[1]}-{texts[2]})"
 
 
 def table(lines: Sequence[dict[str, Any]], threads: int) -> str:
     """Format the figures as Markdown."""
     lines = [line for line in lines if line["threads"] == threads]
-    text = [f"| {threads} thread(s) | before | after | limit | kept | clock, before | clock, after |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    text = [f"| {threads} thread(s) | before | after | after / before | limit | kept | clock, before | clock, after |",
+            "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for part, what, figure, limit, kept in _rows():
-        times = [[smallest(lines, part, name, clock) for name in CHECKOUTS] for clock in (0, 1)]
-        if not all(times[0]):
+        clocks = [rounds(lines, part, clock) for clock in (0, 1)]
+        if not clocks[0]:
             continue
-        values = [figure(ways) for clock in times for ways in clock]
-        good = kept(*values[:2]) if kept else None
+        before, after, *clock = [[figure(pair[name]) for pair in pairs] for pairs in clocks for name in CHECKOUTS]
+        good = kept(statistics.median(before), statistics.median(after)) if kept else None
         if part == "start":
-            bare = [clock[1]["bare"] for clock in times]
-            limit, good = f"{bare[0] + 1:.1f} (bare + 1)", values[1] <= bare[0] + 1
-        cells = [f"{value:.0f}" if value >= 100 else f"{value:.2f}" for value in values]
-        cells[2:] = ["", ""] if "memory" in what else cells[2:]
-        text.append(f"| {what} | {' | '.join([*cells[:2], limit, 'yes' if good else 'NO', *cells[2:]])} |")
+            bare = statistics.median(pair["after"]["bare"] for pair in clocks[0])
+            limit, good = f"{bare + 1:.1f} (bare + 1)", statistics.median(after) <= bare + 1
+        quotients = [now / was for was, now in zip(before, after, strict=True)]
+        cells = [what, *map(spread, (before, after, quotients)), limit, {True: "yes", False: "NO", None: ""}[good],
+                 *([""] * 2 if "memory" in what else map(spread, clock))]  # fmt: skip
+        text.append(f"| {' | '.join(cells)} |")
     folders = {line["name"]: Path(line["values"]["folder"]) for line in lines if line["part"] == "same"}
     return "\n".join(text + (equality(*(folders[name] for name in CHECKOUTS)) if len(folders) == 2 else []))
 

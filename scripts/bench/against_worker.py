@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -166,19 +165,23 @@ class Worker:
         """Build the task of describing so many scenes."""
         return importlib.import_module("stethoscope.tasks.chair").Chair(scenes=scenes)
 
-    def features(self, batch: int, scenes: int = 24, repeats: int = 3) -> Times:
-        """Time runs over descriptions without features and with every set, in turn forwards and backwards."""
-        named_set = importlib.import_module("stethoscope.features").named_set
-        ways = {"none": None, **{name: named_set(name) for name in SETS}}
-        spent: dict[str, list[list[float]]] = {name: [] for name in ways}
-        gc.collect()
-        gc.freeze()  # else a look at the objects of all libraries, a third of a run, falls on one run or another
-        for number in range(repeats + 1):
-            for name in list(ways)[:: 1 if number % 2 else -1]:
-                run = lambda name=name: self.run(self.captions(scenes), features=ways[name], batch_size=batch)  # noqa: E731
-                seconds = timed(run)
-                spent[name] += [seconds] * (number > 0)  # the first time warms up
-        return {name: [statistics.median(times) for times in zip(*rows, strict=True)] for name, rows in spent.items()}
+    def warm_up(self) -> Times:
+        """Do what a process does slowly for the first time, unless it has been done; time nothing."""
+        if "warm" not in self._built:
+            self._built["warm"] = True
+            self.features(8, "none")  # encoded pictures may be kept
+            for batch in (1, 8):
+                for way in ("none", *SETS):
+                    self.features(batch, way, scenes=batch)
+            gc.collect()
+            gc.freeze()  # else a look at the objects of all libraries, a third of a run, falls on one run or another
+        return {}
+
+    def features(self, batch: int, way: str, scenes: int = 24) -> Times:
+        """Time a run over descriptions with a set of features, or with ``none``."""
+        chosen = None if way == "none" else importlib.import_module("stethoscope.features").named_set(way)
+        task = self.captions(scenes)
+        return {way: timed(lambda: self.run(task, features=chosen, batch_size=batch))}
 
     def stream(self, pictures: int = 16) -> Times:
         """Time answers that are generated, and streamed with probabilities."""
