@@ -152,7 +152,7 @@ def partial_answer(
         for token in mention.tokens:
             rows[token]["mention"] = index
     shown = [
-        {**mention_payload(mention.object, mention.tokens, None), "probability": round(probability, 4)}
+        {**mention_payload(mention.object, mention.tokens, None), "probability": float(probability)}
         for mention, probability in scored
     ]
     struck = [[event.start, event.text] for event in sorted(taken, key=lambda event: event.start)]

@@ -191,7 +191,7 @@ def _verdict_payload(verdict: TokenVerdict | None) -> dict[str, Any]:
     if verdict is None:
         return {"probability": None, "evidence": None, "prior": None, "top": [], "visual_evidence": ""}
     return {
-        "probability": round(verdict.probability, 4),
+        "probability": float(verdict.probability),  # not rounded: it is compared with the threshold
         "evidence": None if verdict.evidence is None else round(verdict.evidence, 3),
         "prior": None if verdict.prior is None else round(verdict.prior, 3),
         "top": [[name, round(contribution, 3)] for name, contribution in verdict.top],

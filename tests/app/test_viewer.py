@@ -1,5 +1,7 @@
 """The viewer on the static page of a diagnosis, in a real browser: what a click and a slider show."""
 
+import base64
+import json
 import re
 
 import numpy as np
@@ -52,9 +54,13 @@ def page(browser, diagnosis, tmp_path):
     page.close()
 
 
+def redrawn(page):
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def look(page):
     """Read the page after its next redraw."""
-    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    redrawn(page)
     shown = {
         name: page.locator(f"[data-id={name}]").inner_text()
         for name in ("facts", "question", "before", "layer-text", "shares-scope")
@@ -203,6 +209,91 @@ def test_patches_lead_to_the_words_that_were_written_from_them(page, diagnosis):
     look(page)
     assert page.locator("[data-id=patch]").is_hidden()
     assert page.locator("[data-id=patch-attention]").is_hidden()
+
+
+DATA = re.compile(r'(<script type="application/json" id="data">)(.*?)(</script>)', re.S)
+
+
+@pytest.fixture
+def shown(browser, diagnosis, tmp_path):
+    """Return a function that opens the page with a changed payload; at the end no script may have failed."""
+    page, failed = browser.new_page(), []
+    page.on("pageerror", lambda error: failed.append(str(error)))
+
+    def show(change):
+        html = diagnosis.to_html()
+        data = json.loads(DATA.search(html)[2])
+        change(data)
+        file = tmp_path / "changed.html"
+        file.write_text(DATA.sub(lambda match: match[1] + json.dumps(data) + match[3], html), "utf-8")
+        page.goto(file.as_uri())
+        page.wait_for_selector(".st-t.st-chosen, .st-t >> nth=0")
+        return page
+
+    yield show
+    assert failed == []
+    page.close()
+
+
+def test_a_letter_that_is_two_in_javascript_moves_no_box(shown):
+    def begin_with_a_cat(data):
+        data["text"] = "\U0001f431" + data["text"]
+        for token in data["tokens"]:
+            token["span"] = [position + 1 for position in token["span"]]
+
+    page = shown(begin_with_a_cat)
+    assert page.locator(".st-t").all_inner_texts()[:3] == ["The", "image", "shows"]
+    assert page.locator("[data-id=answer]").inner_text().startswith("\U0001f431The image")
+    assert page.locator(".st-t").nth(1).get_attribute("aria-label") == "image"
+
+
+def test_warnings_are_those_of_the_threshold_and_not_of_its_percentage(shown):
+    def judge(data):
+        data["threshold"] = 0.3449
+        for mention, probability in zip(data["mentions"], (0.34491, 0.34489, 0.1), strict=True):
+            mention["probability"] = probability
+
+    page = shown(judge)
+    assert page.locator("[data-id=outcomes]").inner_text().startswith("Warned of 1 of 3 mentions.")
+    assert page.locator("[data-id=warn-text]").inner_text() == "34\xa0%"
+    page.evaluate(MOVE, ["warn", 20])
+    redrawn(page)
+    assert page.locator("[data-id=outcomes]").inner_text().startswith("Warned of 2 of 3 mentions.")
+
+
+def test_a_token_without_a_text_of_its_own_leaves_the_answer_in_reach_of_the_keyboard(shown):
+    def empty(data):
+        data["start"] = 2
+        data["tokens"][2]["span"] = [data["tokens"][2]["span"][0]] * 2
+
+    page = shown(empty)
+    assert page.locator(".st-t[tabindex='0']").all_inner_texts() == ["image"]
+
+
+def test_the_matrix_of_a_long_answer_and_a_picture_that_is_a_line(shown):
+    def lengthen(data):
+        again = 512 // len(data["tokens"]) + 1
+        data["tokens"] = (data["tokens"] * again)[:512]
+        data["layers"], data["maps"], own = (
+            [],
+            {},
+            data["attention"],
+        )  # what is shown of one token is not asked about here
+        own["matrix"] = base64.b64encode(np.full((512, 514 + len(data["question"])), 9, "<u2").tobytes()).decode()
+        data["size"] = [20_000, 10]
+
+    page = shown(lengthen)
+    page.locator("[data-id=matrix-details] summary").click()
+    redrawn(page)
+    assert "512 answer tokens" in page.locator("[data-id=matrix]").get_attribute("aria-label")
+    assert page.evaluate("document.querySelector('[data-id=picture]').height") == 1
+
+
+def test_the_tip_goes_with_escape(page):
+    page.locator(".st-t").nth(3).hover()
+    assert page.locator("[data-id=tip]").is_visible()
+    page.keyboard.press("Escape")
+    assert page.locator("[data-id=tip]").is_hidden()
 
 
 def test_a_photograph_outside_of_what_the_detector_knows(browser, adapter, tmp_path):

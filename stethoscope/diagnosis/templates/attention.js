@@ -18,6 +18,11 @@ function readAttention(own) {
   own.sums = numbers(own.mass, Uint16Array);
   own.means = numbers(own.matrix, Uint16Array);
   own.cells = own.shape[0] * own.shape[1];
+  own.peak = largest(own.means) / 32767;
+}
+
+function largest(values) { // also of more than a call can have arguments
+  return values.reduce((most, value) => Math.max(most, value), 0);
 }
 
 function addHeads(own, sent) { // those of the payload, or of tokens that were asked for
@@ -213,7 +218,7 @@ function showMatrix() {
   if (!$("matrix-details").open) return;
   const own = data.attention, names = data.tokens.map((token) => shown(token.text)), count = names.length;
   const columns = ["picture", ...data.question.map(shown), ...names, "everything else", ...(own.crosses ? ["start token"] : [])], width = own.means.length / count;
-  const value = (row, column) => own.means[row * width + column] / 32767, most = Math.max(...own.means) / 32767 || 1;
+  const value = (row, column) => own.means[row * width + column] / 32767, most = own.peak || 1;
   const first = 1 + data.question.length; // column of the answer's first token
   drawGrid("matrix", {
     rows: names, columns, value: (row, column) => (column >= first + row && column < first + count ? null : Math.sqrt(value(row, column) / most)),
@@ -229,7 +234,7 @@ function attention() {
   const own = data.attention;
   if (!own) return;
   const [layer, head] = [picked("attention-layer"), picked("attention-head")], values = attentionOf(chosen, layer, head);
-  const most = values === null ? 0 : Math.max(...values), name = `${layerName(layer)}, ${headName(head)}`;
+  const most = values === null ? 0 : largest(values), name = `${layerName(layer)}, ${headName(head)}`;
   if (!own.heads_of[chosen] && (values === null || $("heads-show").value === "map")) fetchHeads();
   const held = Object.keys(own.heads_of).length;
   $("attention-note").textContent = values === null ? (trigger ? "This map is on its way …" : `This map is not on the page: it has the single heads of ${held} of ${counted(data.tokens.length, "token")}.`)

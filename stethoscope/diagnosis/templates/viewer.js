@@ -14,6 +14,8 @@ const STRONGEST = 45; // percent of a colour behind a token, so that its text st
 const photo = new Image();
 const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 let data = null, conversation = null, scopes = {}, chosen = 0, frame = 0, written = null; // what the chosen patches are to every token
+let letters = []; // of the answer, as Python counts them: one for an emoji, which is two in JavaScript
+let warnFrom = 0; // probability from which is warned: the detector's threshold as it is, until the slider is moved
 
 function signed(value) {
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
@@ -44,31 +46,40 @@ function judged(index) {
 
 function warned(mention) {
   return mention !== null && mention.probability !== null && data.threshold !== null
-    && mention.probability >= number("warn") / 100;
+    && mention.probability >= warnFrom;
+}
+
+function part(start, end) { // of the answer's text
+  return letters.slice(start, end).join("");
 }
 
 function write() {
   let done = 0;
+  letters = [...data.text];
   const parts = [], struck = [...(data.struck || [])];
   const strike = (end) => { while (struck.length && struck[0][0] <= end) parts.push(make("del", struck.shift()[1], "st-struck")); };
   data.tokens.forEach((token, index) => {
     const [start, end] = token.span;
     if (start >= end || start < done) return;
     strike(done);
-    if (start > done) parts.push(document.createTextNode(data.text.slice(done, start)));
-    const span = make("span", data.text.slice(start, end), "st-t");
+    if (start > done) parts.push(document.createTextNode(part(done, start)));
+    const span = make("span", part(start, end), "st-t");
     span.dataset.token = index;
-    if (data.kind === "done") {
-      span.setAttribute("role", "button");
-      span.tabIndex = index === chosen ? 0 : -1;
-    }
+    if (data.kind === "done") span.setAttribute("role", "button");
     parts.push(span);
     done = end;
   });
-  parts.push(document.createTextNode(data.text.slice(done)));
+  parts.push(document.createTextNode(part(done)));
   strike(Infinity);
   if (data.kind === "writing") parts.push(make("span", "", "st-caret"));
   $("answer").replaceChildren(...parts);
+  tabStop();
+}
+
+function tabStop() { // the word that the Tab key leads to: the chosen one, or the last before it where that is no text of its own (a part of an emoji)
+  const spans = [...element.querySelectorAll(".st-t")], before = spans.filter((span) => Number(span.dataset.token) <= chosen);
+  const stop = before[before.length - 1] || spans[0];
+  if (data.kind === "done") spans.forEach((span) => { span.tabIndex = span === stop ? 0 : -1; });
 }
 
 function strength(token, index, kind) {
@@ -101,7 +112,7 @@ function colour() {
     if (data.kind !== "done") return; // buttons from then on
     span.setAttribute("aria-pressed", index === chosen);
     const truth = mention !== null && mention.label >= 0 ? `, ${TRUTH[mention.label]}` : "";
-    span.setAttribute("aria-label", data.text.slice(...token.span) + (alarm ? `, warned, ${percent(mention.probability)}` : "") + truth);
+    span.setAttribute("aria-label", part(...token.span) + (alarm ? `, warned, ${percent(mention.probability)}` : "") + truth);
   });
 }
 
@@ -451,7 +462,7 @@ function askOn() {
 function savePicture(id, name) {
   const link = make("a");
   link.href = $(id).toDataURL("image/png");
-  link.download = `${name.replace(/\W+/g, "-") || "token"}.png`;
+  link.download = `${(name.match(/[\p{L}\p{N}]+/gu) || ["token"]).join("-")}.png`;
   link.click();
 }
 
@@ -463,7 +474,8 @@ function save(kind) {
 // --- drawing, choosing, receiving ------------------------------------------------------------------------------
 
 function texts() {
-  for (const id of ["warn", "threshold", "opacity"]) $(id + "-text").textContent = percent(number(id) / 100);
+  for (const id of ["threshold", "opacity"]) $(id + "-text").textContent = percent(number(id) / 100);
+  $("warn-text").textContent = percent(warnFrom);
   $("scale-text").textContent = "× " + Math.pow(10, number("scale") / 20).toFixed(2);
   if (data.layers.length) $("layer-text").textContent = `${data.layers[number("layer")] + 1} of ${data.depth}`;
 }
@@ -496,9 +508,8 @@ function soon() {
 }
 
 function choose(index) {
-  const spans = [...element.querySelectorAll(".st-t")];
   chosen = index;
-  spans.forEach((span) => { span.tabIndex = Number(span.dataset.token) === chosen ? 0 : -1; });
+  tabStop();
   if (data.case) { // the link leads to what is looked at
     const mention = judged(chosen);
     data.case.mention = mention === null ? null : mention.start;
@@ -517,6 +528,11 @@ function fit(id, last) {
   if (fresh) $(id).value = last;
 }
 
+function setWarnFrom() {
+  warnFrom = data.threshold === null ? 0.5 : data.threshold;
+  $("warn").value = 100 * warnFrom;
+}
+
 function finished(message) {
   const same = message.answer_id === (data && data.answer_id);
   data = message;
@@ -530,7 +546,7 @@ function finished(message) {
     scopes = {};
     patches = null;
     chosen = data.start;
-    $("warn").value = data.threshold === null ? 50 : Math.round(100 * data.threshold);
+    setWarnFrom();
     fit("layer", Math.max(0, data.layers.length - 1));
     fit("contribution-layer", Math.max(0, data.layers.length - 1));
   }
@@ -551,7 +567,7 @@ function finished(message) {
   fitAttention();
   const [width, height] = data.size;
   const scale = width < 640 && height < 640 ? Math.ceil(640 / Math.max(width, height)) : Math.min(1, 1024 / Math.max(width, height));
-  for (const id of ["picture", "attention-picture"]) [$(id).width, $(id).height] = [Math.round(width * scale), Math.round(height * scale)];
+  for (const id of ["picture", "attention-picture"]) [$(id).width, $(id).height] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
   if (photo.src !== data.photo) { photo.onload = soon; photo.src = data.photo; }
 }
 
@@ -564,6 +580,7 @@ function receive() {
   let message;
   try { message = JSON.parse(props.value || "{}"); } catch (error) { say("what came from the server cannot be read", true); return; }
   if (message.kind === "heads") { receiveHeads(message); return; }
+  $("tip").hidden = true; // it is about a word that may be gone
   element.ariaBusy = message.kind === "busy" || message.kind === "writing";
   if (!message.kind || message.kind === "hint" || message.kind === "error" || message.kind === "busy") {
     say(message.text || "", message.kind === "error");
@@ -597,7 +614,7 @@ function receive() {
   edit();
   showCase();
   if (fresh) reveal();
-  if (data.kind === "done") show(); else { $("warn").value = data.threshold === null ? 50 : Math.round(100 * data.threshold); colour(); }
+  if (data.kind === "done") show(); else { setWarnFrom(); colour(); }
 }
 
 element.addEventListener("click", (event) => {
@@ -620,6 +637,8 @@ element.addEventListener("keydown", (event) => {
   spans[next].focus();
 });
 for (const kind of ["mouseover", "focusin", "mouseout", "focusout"]) element.addEventListener(kind, tip);
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") $("tip").hidden = true; });
+$("warn").addEventListener("input", () => { warnFrom = number("warn") / 100; });
 for (const id of [...RANGES, "common", "source", "statistic", "colour"]) $(id).addEventListener("input", soon);
 for (const id of ["attention-layer", "attention-head", "heads-show"]) $(id).addEventListener("input", soon);
 for (const id of ["heads", "matrix", "queries"]) wireGrid(id);
