@@ -60,12 +60,14 @@ class Session:
         connections: number of open event streams.
         conversation: answers about the picture that is shown, the oldest first.
         files: its pictures, the oldest first.
+        answered: set once nothing more of its last question is computed; None before the first.
     """
 
     last_used: float
     connections: int = 0
     conversation: tuple[AnswerSession, ...] = ()
     files: list[Path] = field(default_factory=list)
+    answered: threading.Event | None = None
 
 
 class Sessions:
@@ -133,6 +135,22 @@ class Sessions:
         """Return the answers of a session, the oldest first; none if it has ended."""
         session = self._sessions.get(session_hash)
         return () if session is None else session.conversation
+
+    @contextmanager
+    def answering(self, session_hash: str) -> Iterator[None]:
+        """Record that a question of a session is being answered inside the ``with`` block."""
+        answered = threading.Event()
+        with self._lock:
+            self._get(session_hash).answered = answered
+        try:
+            yield
+        finally:
+            answered.set()
+
+    def wait_until_answered(self, session_hash: str, seconds: float) -> bool:
+        """Wait until no question of a session is being answered, so many seconds at most; return whether it is so."""
+        session = self._sessions.get(session_hash)
+        return session is None or session.answered is None or session.answered.wait(seconds)
 
     @contextmanager
     def connection(self, session_hash: str) -> Iterator[None]:

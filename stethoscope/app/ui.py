@@ -28,6 +28,7 @@ QUESTION = "Please describe this image in detail."
 NEW_CONVERSATION = "A new conversation: the next question begins it."
 HINT = "Choose a picture, ask, and then click any word of the answer, or go through them with ← and →."
 MOST_THUMBNAILS = 40  # in one request
+LONGEST_STOP = 300.0  # seconds for which Stop waits at most until the model has ended its pass
 MODEL = "model"  # concurrency id of the events that need the model, of which one runs at a time
 
 
@@ -172,7 +173,8 @@ def _wire_ask(
             turns = sessions.conversation(str(request.session_hash))
             yield payload.failure(error, True, payload.conversation(turns))
             return
-        yield from _stored(answer.ask(pool, question, extractor), request, sessions)
+        with sessions.answering(str(request.session_hash)):
+            yield from _stored(answer.ask(pool, question, extractor), request, sessions)
 
     def shown_session(request: gr.Request, event: gr.EventData) -> answer.AnswerSession:
         """Return the session of the answer that an event of the viewer is about."""
@@ -193,15 +195,23 @@ def _wire_ask(
         for data, _ in answer.explain_again(pool, session, scope, extractor, conversation):
             yield data
 
-    def stop(request: gr.Request) -> str:
-        """Show what is left of the conversation."""
-        turns = sessions.conversation(str(request.session_hash))
-        return payload.message("stopped", clear=True, conversation=payload.conversation(turns))
+    def wait_for_the_end(session_hash: str) -> Iterator[str]:
+        """Wait for the pass that the model is in: until it ends, Gradio drops another question in silence."""
+        if not sessions.wait_until_answered(session_hash, 0):
+            yield payload.message("stopping …", "busy")
+            sessions.wait_until_answered(session_hash, LONGEST_STOP)
 
-    def begin_anew(request: gr.Request) -> str:
+    def stop(request: gr.Request) -> Iterator[str]:
+        """Show what is left of the conversation."""
+        yield from wait_for_the_end(str(request.session_hash))
+        turns = sessions.conversation(str(request.session_hash))
+        yield payload.message("stopped", clear=True, conversation=payload.conversation(turns))
+
+    def begin_anew(request: gr.Request) -> Iterator[str]:
         """Forget the conversation."""
+        yield from wait_for_the_end(str(request.session_hash))
         sessions.set_conversation(str(request.session_hash), ())
-        return payload.message(NEW_CONVERSATION, clear=True)
+        yield payload.message(NEW_CONVERSATION, clear=True)
 
     def heads(request: gr.Request, event: gr.EventData) -> str:
         """Send the raw attention of one token's single heads, which did not fit into the answer's payload."""
@@ -245,7 +255,8 @@ def _wire_ask(
     parts["picture"].change(check_picture, parts["picture"], [parts["picture"], view], **quick)
     parts["examples"].pick(pick, None, parts["picture"], **quick)
     for name, then in (("stop", stop), ("anew", begin_anew)):  # once nothing more of the answer can come
-        parts[name].click(None, cancels=[asking]).then(then, None, view, **{**options, "concurrency_id": "stop"})
+        beside = {**options, "concurrency_id": "stop", "concurrency_limit": None}
+        parts[name].click(None, cancels=[asking]).then(then, None, view, **beside)
 
 
 def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Sessions) -> Iterator[str]:

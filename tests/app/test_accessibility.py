@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 
 import pytest
+from helpers.page_client import PATIENCE
 
 import stethoscope
 from stethoscope import testbed
@@ -15,6 +16,10 @@ LEVELS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 COMBINATIONS = [("light", 1280), ("dark", 390), ("dark", 1280), ("light", 390)]
 QUICK = 2  # of them, which differ in both
 DONE = "#view [data-id=diagnosed]:not([hidden])"
+DRAWN = """async () => {
+  await document.fonts.ready;
+  for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame); // a change, its layout, its drawing
+}"""
 VIOLATIONS = """async (levels) => {
   const result = await axe.run(document, { runOnly: { type: "tag", values: levels }, resultTypes: ["violations"] });
   return result.violations.flatMap((rule) => rule.nodes.map((node) =>
@@ -25,6 +30,7 @@ VIOLATIONS = """async (levels) => {
 @pytest.fixture(scope="module")
 def page(browser):
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     yield page
     page.close()
 
@@ -39,7 +45,7 @@ def violations(page, state, count):
         page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")  # as Gradio does
         page.set_viewport_size({"width": width, "height": 900})
-        page.wait_for_timeout(200)
+        page.evaluate(DRAWN)
         listed += [f"{state} {scheme} {width} {text}" for text in page.evaluate(VIOLATIONS, LEVELS)]
     return listed
 
@@ -82,15 +88,15 @@ def test_the_app(page, served, count):
     page.wait_for_selector("#photograph img")
     page.fill("#question textarea", "Is there a dog in the image?")
     page.click("#ask")
-    page.wait_for_selector(DONE, timeout=60_000)
+    page.wait_for_selector(DONE)
     page.fill("#question textarea", "Please describe this image in detail.")
     page.click("#ask")
     page.wait_for_function("document.querySelectorAll('#view .st-turn').length === 2")
-    page.wait_for_selector(DONE, timeout=60_000)
+    page.wait_for_selector(DONE)
     assert violations(page, "answer", count) == []
     page.get_by_role("tab", name="Runs").click()
     page.locator("#list article").first.wait_for()
     assert count == QUICK or violations(page, "run", count) == []
     page.locator("#list .st-chip.st-caught").first.click()
-    page.wait_for_selector("#view [data-id=case]:not([hidden])", timeout=60_000)
+    page.wait_for_selector("#view [data-id=case]:not([hidden])")
     assert count == QUICK or violations(page, "sample", count) == []

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from helpers.page_client import PATIENCE
 
 DONE = "#view [data-id=diagnosed]:not([hidden])"
 
@@ -12,6 +13,7 @@ def page(browser, served):
     """A page whose messages, of any level and any frame, are kept."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     page.logged = []
     page.on("console", lambda message: page.logged.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: page.logged.append(str(error)))
@@ -34,7 +36,7 @@ def test_the_console_stays_empty(page, served, tmp_path):
         page.wait_for_selector("#photograph img")
         page.get_by_role("button", name="generation").click()
         page.click("#ask")
-        page.wait_for_selector(DONE, timeout=60_000)
+        page.wait_for_selector(DONE)
         open_all(page, "#view")
         page.locator("#view .st-t").nth(3).click()
         page.locator("#view [data-id=picture]").press("Shift+ArrowDown")
@@ -46,11 +48,12 @@ def test_the_console_stays_empty(page, served, tmp_path):
         page.get_by_role("tab", name="Figures").click()
         figures = page.frame_locator("#figures iframe")
         figures.locator("section").first.wait_for(timeout=60_000)
-        page.wait_for_timeout(500)
+        figures.locator("svg").last.wait_for()
+        page.wait_for_timeout(500)  # for errors, which may still come
         page.get_by_role("tab", name="Samples").click()
         page.locator("#list .st-chip.st-caught").first.click()
-        page.wait_for_selector("#view [data-id=case]:not([hidden])", timeout=60_000)
-        page.wait_for_selector(DONE, timeout=60_000)
+        page.wait_for_selector("#view [data-id=case]:not([hidden])")
+        page.wait_for_selector(DONE)
     finally:
         shutil.rmtree(served.runs / "again")
     assert page.logged == []

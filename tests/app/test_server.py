@@ -36,7 +36,7 @@ TRICKS = [
 
 def get(address, path, method="GET", body=None, headers=None):
     """Send a request with its path unchanged, and return the response."""
-    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
     connection.request(method, path, body, headers or {})
     answer = connection.getresponse()
     return answer.status, dict(answer.getheaders()), answer.read()
@@ -174,5 +174,5 @@ def test_the_command_serves_until_it_is_ended_and_leaves_nothing(folder, tmp_pat
         assert get(line.split()[1], "/")[0] == 200
         assert list(tmp_path.glob("stethoscope-app-*"))
         running.send_signal(ending)
-        assert running.wait(30) == 0
+        assert running.wait(120) == 0
         assert not list(tmp_path.glob("stethoscope-app-*"))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.page_client import PATIENCE
 
 import stethoscope
 from stethoscope import testbed
@@ -44,6 +45,7 @@ def grounded(adapter, tmp_path_factory):
 @pytest.fixture(params=[390, pytest.param(1280, marks=pytest.mark.slow)], ids=str)
 def page(request, browser):
     page = browser.new_page(viewport={"width": request.param, "height": WIDTHS[request.param]})
+    page.set_default_timeout(PATIENCE)
     page.width = request.param
     yield page
     page.close()
@@ -86,7 +88,7 @@ def test_the_screen_of_an_answer(page, served, grounded, monkeypatch, tmp_path):
     page.set_input_files("#photograph input[type=file]", sorted(served.own.glob("counter-*.png"))[0])
     page.wait_for_selector("#photograph img")
     page.click("#ask")
-    page.wait_for_selector("#view [data-id=diagnosed]:not([hidden])", timeout=60_000)
+    page.wait_for_selector("#view [data-id=diagnosed]:not([hidden])")
     page.locator("#view .st-visual-evidence").first.click()
     page.wait_for_function("document.querySelector('#view [data-id=facts]').innerText.includes('looks like')")
     take(page, "visual_evidence", tmp_path)

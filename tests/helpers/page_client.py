@@ -6,6 +6,7 @@ import uuid
 import httpx
 
 API = "/gradio_api"
+PATIENCE = 120_000  # ms that a browser waits for the page: a loaded machine may take any time
 DESCRIBE = "Please describe this image in detail."
 
 
@@ -14,7 +15,7 @@ class Client:
 
     def __init__(self, address, **options):
         self.session_hash = uuid.uuid4().hex[:12]
-        self.http = httpx.Client(base_url=address, timeout=120, trust_env=False, **options)
+        self.http = httpx.Client(base_url=address, timeout=PATIENCE / 1000, trust_env=False, **options)
         self._events = None
 
     def upload(self, content, name="picture.png", **options):

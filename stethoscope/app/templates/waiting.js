@@ -43,10 +43,7 @@ function ended() {
   busy("");
 }
 
-document.addEventListener("click", (event) => {
-  if (event.target.closest("#ask")) ask();
-  else if (event.target.closest("#stop, #anew")) ended();
-}, true);
+document.addEventListener("click", (event) => { if (event.target.closest("#ask")) ask(); }, true);
 document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.shiftKey && event.target.closest("#question")) ask(); }, true);
 // the viewer's own word, set with each message: Gradio's tracker also shows and hides for an upload beside the question
 new MutationObserver(() => { if (element.ariaBusy !== "true") ended(); }).observe(element, { attributes: true, attributeFilter: ["aria-busy"] });
