@@ -1,7 +1,8 @@
 """Read the ``key=value`` arguments of a command line and rewrite them in Hydra's grammar.
 
-Paths and free text are used as typed. In other settings brackets make lists and mappings, as YAML, JSON or
-Python write them, and ``None`` is null. With ``--multirun`` a comma outside of brackets and quotes separates values.
+Paths and free text are used as typed, without quotes around the whole of them. In other settings brackets make
+lists and mappings, as YAML, JSON or Python write them, and ``None`` is null. With ``--multirun`` a comma outside of
+brackets and quotes separates values.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from stethoscope.core.text import redact_override, visible
 
 TEXTS = {"question", "answer", "suffix", "prompt", "system", "follow_up", "description", "subset", "auth",
          "organization", "url", "brief"}  # fmt: skip
-"""Settings of free text, by the last part of their key: used exactly as typed."""
+"""Settings of free text, by the last part of their key: used as typed."""
 PATHS = {
     "answers", "beside", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
     "images", "history", "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project",
@@ -175,7 +176,7 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
     if group in groups() and not all(_is_name(part) for part in parts):
         raise ConfigError(f"{word} should name a choice, as in {group}={next(iter(choices(group)), 'name')}")
     writer = _value if kind is None else _path_or_list if kind is LISTS else _text
-    return f"{key}={','.join(writer(part, kind is not TEXTS, sweep) for part in parts)}"
+    return f"{key}={','.join(writer(part, kind is not TEXTS) for part in parts)}"
 
 
 def _setting_of(word: str) -> str:
@@ -368,27 +369,31 @@ def _bare_end(text: str, start: int, stops: str) -> int:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _text(part: Part, path: bool, sweep: bool) -> str:
-    """Write text or a path as typed; null and None mean no value, unless they are quoted.
+def strip_quotes(text: str) -> str:
+    """Remove quotes around a whole path or text, unless a file is named so.
 
-    Quotes around the whole text are removed in a sweep, where they protect commas, and where a file has that name.
+    >>> strip_quotes("'a=b'"), strip_quotes('"Yes" or "no"')
+    ('a=b', '"Yes" or "no"')
     """
+    value, end = _quoted(text, 0)
+    return text if value is None or end != len(text) or os.path.lexists(text) else str(value)
+
+
+def _text(part: Part, path: bool) -> str:
+    """Write text or a path as typed, without quotes around it; null and None mean no value, unless they are quoted."""
     if part.source in ("null", "None"):
         return "null"
-    text = part.source
-    if isinstance(part.value, Quoted):
-        bare = sweep or part.value in ("null", "None") or (path and os.path.lexists(part.value))
-        text = str(part.value) if bare else text
-    elif path and _PLAIN.fullmatch(text) and text.lower() not in ("true", "false", "null", "nan", "inf"):
+    text = strip_quotes(part.source)
+    if path and _PLAIN.fullmatch(text) and text.lower() not in ("true", "false", "null", "none", "nan", "inf"):
         return text  # readable in the name of a sweep's folder
     return quote(text, interpolations=path)
 
 
-def _path_or_list(part: Part, path: bool, sweep: bool) -> str:
-    return _text(part, path, sweep) if isinstance(part.value, str) else _structure(part, _path_or_list, path)
+def _path_or_list(part: Part, path: bool) -> str:
+    return _text(part, path) if isinstance(part.value, str) else _structure(part, _path_or_list, path)
 
 
-def _value(part: Part, path: bool, sweep: bool) -> str:
+def _value(part: Part, path: bool) -> str:
     """Write a value of any other setting; Hydra decides on its type."""
     if not isinstance(part.value, str):
         return _structure(part, _value, path)
@@ -397,12 +402,12 @@ def _value(part: Part, path: bool, sweep: bool) -> str:
     return "null" if part.value == "None" else part.value
 
 
-def _structure(part: Part, write: Callable[[Part, bool, bool], str], path: bool) -> str:
+def _structure(part: Part, write: Callable[[Part, bool], str], path: bool) -> str:
     """Write a list or a mapping; quotes inside belong to its items."""
     if isinstance(part.value, list):
-        return f"[{','.join(write(item, path, True) for item in part.value)}]"
+        return f"[{','.join(write(item, path) for item in part.value)}]"
     assert isinstance(part.value, dict)
-    return "{" + ",".join(f"{_key(key)}:{write(item, path, True)}" for key, item in part.value.items()) + "}"
+    return "{" + ",".join(f"{_key(key)}:{write(item, path)}" for key, item in part.value.items()) + "}"
 
 
 def _key(key: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stethoscope.commands.command_line import unquoted
+from stethoscope.commands.command_line import strip_quotes, unquoted
 from stethoscope.core.component import TARGET, build
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
@@ -285,7 +285,7 @@ def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tu
     """Separate the runs and the settings of a command's arguments.
 
     A word is a setting if what stands before its ``=`` is a name, and no file is called so: paths of swept runs have
-    the sign in them too. ``None`` stands for the default.
+    the sign in them too. Quotes around a whole run or value are removed. ``None`` stands for the default.
 
     Raises:
         ConfigError: an unknown setting or option.
@@ -300,9 +300,9 @@ def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tu
                 raise ConfigError(f"{word}: runs are given by themselves, as in `stethoscope {command} {value}`")
             if key not in settings:
                 raise ConfigError(unknown(f"setting of {command}", key, settings))
-            settings[key] = defaults[key] if value in ("None", "null") else value
+            settings[key] = defaults[key] if value in ("None", "null") else strip_quotes(value)
         else:
-            runs.append(word)
+            runs.append(strip_quotes(word))
     return runs, settings
 
 

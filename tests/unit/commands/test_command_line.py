@@ -1,9 +1,12 @@
 """Words of the command line: what each setting is, W&B's spelling, the options of Hydra."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from stethoscope.commands.command_line import LISTS, PATHS, TEXTS, option, spell, split, unquoted
+from stethoscope.commands.common import parse
 from stethoscope.core.component import compose, conf_folder
 from stethoscope.core.errors import ConfigError
 
@@ -140,10 +143,19 @@ def test_spelling_in_a_sweep(word, spelled):
     assert spell(word, "train", sweep=True) == spelled
 
 
-def test_quotes_are_taken_off_around_a_path_that_is_there(tmp_path):
-    (tmp_path / "limit=4").mkdir()
-    assert spell(f'run="{tmp_path}/limit=4"', "extract") == f"run='{tmp_path}/limit=4'"
-    assert spell('run="nowhere"', "extract") == "run='\"nowhere\"'"
+@pytest.mark.parametrize("key", sorted(TEXTS | PATHS | LISTS))
+def test_quotes_are_taken_off_around_a_whole_text_or_path(key):
+    for value in ("'a=b'", '"a=b"'):
+        for sweep in (False, True):
+            assert spell(f"{key}={value}", "train", sweep) == f"{key}='a=b'"
+    assert spell(f"{key}='a' or 'b'", "train") == f"{key}='\\'a\\' or \\'b\\''"
+
+
+def test_quotes_that_belong_to_the_name_of_a_file_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("'a'").mkdir()
+    assert spell("run='a'", "extract") == "run='\\'a\\''"
+    assert parse("report", ["'a'", "'b=c'", 'out="d"'], {"out": ""}) == (["'a'", "b=c"], {"out": "d"})
 
 
 @pytest.mark.parametrize(
