@@ -1,4 +1,4 @@
-"""Read runs for the second tab, finished ones and those in progress: samples, figures, two runs side by side."""
+"""Read runs for the second tab, finished ones and those in progress: samples of one or of all, figures, pairs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stethoscope.diagnosis.edited_answer import edit_payload
 from stethoscope.report.compare import compare
 from stethoscope.report.run_report import collect_report, table_page
 from stethoscope.report.run_source import RunReader, readable
-from stethoscope.report.sample_list import describe_limit, describe_note, find_row, paired_rows, read_state, sample_rows
+from stethoscope.report.sample_list import describe_note, find_row, joined_rows, list_samples, read_state
 from stethoscope.storage.run_dir import DETECTOR, saved_task
 from stethoscope.storage.sample_notes import Note, append_note, notes_csv, read_notes
 
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 THUMBNAIL = 96  # pixels along the longer side
 NO_RUN = "There is no run yet: `stethoscope benchmark` makes one."
+ALL = "/"  # in place of a run's name: all runs; no folder can be named so
+NO_FIGURES = "Figures are of one run, or of two side by side: choose it. `stethoscope compare` sets more side by side."
 
 
 class Runs:
@@ -72,7 +74,8 @@ class Runs:
         self._picture_folder, self._plugins = picture_folder, plugins
         self._report = lru_cache(4)(self._report_page)
         self._comparison = lru_cache(4)(self._comparison_page)
-        self._samples = lru_cache(4)(self._read_samples)
+        self._reader = lru_cache(256)(self._read_run)
+        self._samples: dict[str, dict[str, Sample]] = {}
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -97,27 +100,27 @@ class Runs:
         Raises:
             ArtefactError: there is no run of that name, or it is damaged.
         """
-        folders = self.folders
-        if name not in folders:  # a name, never a path: users of the page may open only these runs
-            raise ArtefactError(unknown("run", str(name), folders))
-        return RunReader.read(folders[name], in_progress=True)
+        return RunReader.read(self._run_folder(name), in_progress=True)
 
     def listing(self, name: str | None, other: str | None = None) -> str:
-        """Encode all samples of a run for the list, or those that two runs share; an error is a note in it.
+        """Encode all samples of a run, or of ``ALL``, for the list, or those that two runs share.
+
+        An error is a note in the list.
 
         Args:
-            name: of the run; None if there is none.
-            other: name of the run that is shown beside it; None or empty for none.
+            name: of the run, or ``ALL``; None if there is none.
+            other: name of the run that is shown beside it; None or empty for none. All runs have none beside them.
         """
-        shown = {"run": str(name or ""), "other": other or "", "writable": self._writable}
+        shown = {"run": str(name or ""), "other": "" if name == ALL else other or "", "writable": self._writable}
         message: dict[str, Any] = {"rows": [], "note": "", **shown}
         if name is None:
             return payload.encode("list", **{**message, "note": NO_RUN})
         try:
-            sources = [self.source(chosen) for chosen in (name, other) if chosen]
-            message["state"] = read_state([source.folder for source in sources])
+            message["state"] = read_state(self._shown_folders(name, other))
+            runs = self._every_run() if name == ALL else {}
+            sources = list(runs.values()) or [self.source(chosen) for chosen in (name, other) if chosen]
             message["progress"] = _describe_progress(sources)
-            message |= _list_samples(sources)
+            message["rows"], message["note"] = joined_rows(runs) if runs else list_samples(sources)
         except Exception as error:  # a damaged run must not stop the app
             message["note"] = payload.error_text(error)
         return payload.encode("list", **message)
@@ -126,12 +129,12 @@ class Runs:
         """Encode the list again if files of its runs have changed.
 
         Args:
-            name: of the run.
+            name: of the run, or ``ALL``.
             other: name of the run beside it; empty for none.
             state: of the list that is shown.
         """
         try:
-            folders = [self.source(chosen).folder for chosen in (name, other) if chosen]
+            folders = self._shown_folders(name, other)
         except StethoscopeError:
             return self.listing(name, other)
         return None if read_state(folders) == state else self.listing(name, other)
@@ -182,34 +185,37 @@ class Runs:
         content = json.dumps([note.to_dict() for note in notes], indent=1, ensure_ascii=False)
         return payload.encode("file", name="notes.json", type="application/json", content=content)
 
-    def thumbnails(self, name: str, keys: Sequence[str]) -> str:
+    def thumbnails(self, name: str, keys: Sequence[str], request: int = 0) -> str:
         """Encode small pictures of samples for the list; what cannot be had is left out.
 
         Args:
-            name: of the run.
-            keys: task and id of every sample, with a tab between them.
+            name: of the run, or ``ALL``.
+            keys: task and id of every sample, with a tab between them; for ``ALL`` the run and another tab before.
+            request: number of the request, so that no two answers are equal, of which the page would see one.
         """
         pictures: dict[str, str] = {}
-        try:
-            source = self.source(name)
-            for key in keys:
-                task, _, sample_id = key.partition("\t")
+        runs = self._every_run() if name == ALL else {}
+        for key in keys:
+            run, _, rest = key.partition("\t") if name == ALL else (name, "", key)
+            task, _, sample_id = rest.partition("\t")
+            try:
+                source = runs[run] if run in runs else runs.setdefault(run, self.source(run))
                 record = source.store.find(task, sample_id)
                 if record is not None:
-                    pictures[key] = data_uri(self._read_picture(name, source, record, []), THUMBNAIL)
-        except StethoscopeError as error:  # the list is of use without pictures
-            logger.info("no more thumbnails of %s: %s", name, error)
-        return payload.encode("thumbnails", run=name, pictures=pictures)
+                    pictures[key] = data_uri(self._read_picture(source, record, []), THUMBNAIL)
+            except StethoscopeError as error:  # the list is of use without pictures
+                logger.info("no thumbnail of %s: %s", key, error)
+        return payload.encode("thumbnails", run=name, pictures=pictures, request=request)
 
     def figures(self, name: str | None, other: str | None = None) -> str:
         """Encode the page of a run's report, or of the comparison of two runs; an error is shown as a note in it.
 
         Args:
-            name: of the run; None if there is none.
+            name: of the run, or ``ALL``, which have no figures in common; None if there is none.
             other: name of the run that is compared with it; None or empty for none.
         """
-        if name is None:
-            return payload.encode("figures", note=NO_RUN)
+        if name is None or name == ALL:
+            return payload.encode("figures", note=NO_RUN if name is None else NO_FIGURES)
         try:
             sources = [self.source(chosen) for chosen in (name, other) if chosen]
             waiting = _describe_progress(sources)
@@ -252,7 +258,7 @@ class Runs:
         if record is None or record.answer is None or not record.answer.token_ids:
             raise ArtefactError(f"{name} has no answer to {task} sample {sample_id}")
         notes = [f"Stored answer of the run {name}, sample {sample_id} of {task}."]
-        picture = self._read_picture(name, source, record, notes)
+        picture = self._read_picture(source, record, notes)
         if source.model in pool.names:
             model = source.model
         else:
@@ -283,6 +289,24 @@ class Runs:
             edit=record.edit,
         )
 
+    def _run_folder(self, name: str | None) -> Path:
+        """Return the directory of a run by its name; raise an ArtefactError if there is no run of that name."""
+        folders = self.folders
+        if name not in folders:  # a name, never a path: users of the page may open only these runs
+            raise ArtefactError(unknown("run", str(name), folders))
+        return folders[name]
+
+    def _shown_folders(self, name: str, other: str | None) -> list[Path]:
+        """List the directories of the runs that the list shows."""
+        if name == ALL:
+            return list(self.folders.values())
+        return [self._run_folder(chosen) for chosen in (name, other) if chosen]
+
+    def _every_run(self) -> dict[str, RunReader]:
+        """Read all runs by name; those that have not changed stay in memory with their rows of the list."""
+        folders = {name: folder for name, folder in self.folders.items() if self._is_readable(folder)}
+        return {name: self._reader(folder, self._known[folder][0]) for name, folder in folders.items()}
+
     def _is_readable(self, folder: Path) -> bool:
         """Return whether a folder is a run, finished or in progress; it is read again when it has changed."""
         state = read_state([folder])
@@ -290,11 +314,11 @@ class Runs:
             self._known[folder] = state, _is_run(folder)
         return self._known[folder][1]
 
-    def _read_picture(self, name: str, source: RunReader, record: Record, notes: list[str]) -> Image:
+    def _read_picture(self, source: RunReader, record: Record, notes: list[str]) -> Image:
         """Read the sample's picture from its task, or else the run's small copy of it."""
         reason = "its task no longer has the sample"
         try:
-            sample = self._samples(name, record.task).get(record.sample_id)
+            sample = self._read_samples(source, record.task).get(record.sample_id)
             if sample is not None and not record.changes(sample):
                 return sample.image.load()
         except (StethoscopeError, ImportError) as error:
@@ -305,13 +329,17 @@ class Runs:
         notes.append(f"The picture is the run's small copy: {reason}.")
         return media.picture
 
+    def _read_run(self, folder: Path, state: str) -> RunReader:
+        """Read a run; ``state``, of its files, makes the cache key change."""
+        return RunReader.read(folder, in_progress=True)
+
     def _report_page(self, name: str, state: str) -> str:
         """Write the page of ``stethoscope report``; ``state``, of its files, makes the cache key change."""
         source = self.source(name)
 
         def picture(record: Record) -> Image | None:
             try:
-                return self._read_picture(name, source, record, [])
+                return self._read_picture(source, record, [])
             except ArtefactError:
                 return None
 
@@ -327,10 +355,17 @@ class Runs:
             )
             return table_page(f"{other} against {name}", tables, sortable=False), " ".join(map(str, remarks))
 
-    def _read_samples(self, name: str, task: str) -> dict[str, Sample]:
-        rebuilt = saved_task(self.source(name).store, task, self._plugins, offline=True)
-        rebuilt.setup()
-        return {sample.id: sample for sample in rebuilt.samples()}
+    def _read_samples(self, source: RunReader, task: str) -> dict[str, Sample]:
+        """Read the samples of a task, once for all runs with these settings; the last four tasks stay in memory."""
+        described = json.dumps([task, source.store.fingerprints().get(task, {}).get("task")], sort_keys=True)
+        samples = self._samples.get(described)
+        if samples is None:
+            rebuilt = saved_task(source.store, task, self._plugins, offline=True)
+            rebuilt.setup()
+            samples = {sample.id: sample for sample in rebuilt.samples()}
+            kept = list(self._samples.items())[-3:]
+            self._samples = dict([*kept, (described, samples)])
+        return samples
 
 
 def _neighbours(source: RunReader, task: str, sample_id: str) -> dict[str, Any]:
@@ -360,19 +395,6 @@ def _is_run(folder: Path) -> bool:
 
 def _describe_progress(sources: Sequence[RunReader]) -> str:
     return " ".join(f"{source.name}: {source.progress()}." for source in sources if source.unfinished)
-
-
-def _list_samples(sources: Sequence[RunReader]) -> dict[str, Any]:
-    """Make the rows of one run, or of two side by side, and a note on them."""
-    if len(sources) == 2:
-        if sources[0].folder == sources[1].folder:
-            raise ArtefactError(f"{sources[0].name} is shown already; choose another run to set beside it")
-        rows, note = paired_rows(*sources)
-        return {"rows": rows, "note": f"{note} {describe_limit(sources[0])}".strip()}
-    [source] = sources
-    with readable(source.folder):
-        notes = [*([] if source.unfinished else [source.no_detector()]), source.off_policy(), describe_limit(source)]
-        return {"rows": sample_rows(source), "note": " ".join(filter(None, notes))}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import gradio as gr
 from stethoscope.app import answer, payload
 from stethoscope.app.access import credentials
 from stethoscope.app.model_pool import ModelPool
-from stethoscope.app.runs import NO_RUN, ExamplePicture, Runs
+from stethoscope.app.runs import ALL, NO_RUN, ExamplePicture, Runs
 from stethoscope.app.sessions import Sessions
 from stethoscope.core.component import choices
 from stethoscope.core.errors import DataError
@@ -269,7 +269,7 @@ def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Session
 
 def _run_tab(runs: Runs) -> dict[str, Any]:
     with gr.Row():
-        run = gr.Dropdown(runs.names, value=runs.first, label="run", elem_id="run", min_width=260)
+        run = gr.Dropdown(_shown(runs), value=runs.first, label="run", elem_id="run", min_width=260)
         other = gr.Dropdown(_others(runs), value=runs.other or "", label="beside it", elem_id="other", min_width=260)
     with gr.Tabs():
         with gr.Tab("Samples"):
@@ -285,6 +285,12 @@ def _run_tab(runs: Runs) -> dict[str, Any]:
         "run": run, "other": other, "list": listing, "thumbnails": pictures, "figures": figures, "report": report,
         "saved": saved,
     }  # fmt: skip
+
+
+def _shown(runs: Runs) -> list[tuple[str, str]]:
+    """List the choices of what the list shows, with their values: every run, and all of them."""
+    names = runs.names
+    return [*((name, name) for name in names), *([("all runs", ALL)] if names else [])]
 
 
 def _others(runs: Runs) -> list[tuple[str, str]]:
@@ -319,7 +325,7 @@ def _wire_run(
             _warn(error)
             yield (unchanged,) * 6
             return
-        listed = shown if run == other else run  # the list stays as it is
+        listed = shown if shown == ALL or run == other else run  # the list stays as it is
         inputs = gr.Tabs(selected="ask"), str(question.picture), question.text, question.model, listed
         for data in _stored(answer.ask(pool, question, extractor), request, sessions):
             yield *inputs, data
@@ -328,13 +334,14 @@ def _wire_run(
     def thumbnails(event: gr.EventData) -> str:
         """Send small pictures of the samples that the list shows."""
         samples = event.samples if isinstance(event.samples, list) else []
-        return runs.thumbnails(str(event.run), [str(sample) for sample in samples[:MOST_THUMBNAILS]])
+        keys, number = [str(sample) for sample in samples[:MOST_THUMBNAILS]], event.request
+        return runs.thumbnails(str(event.run), keys, number if isinstance(number, int) else 0)
 
     def refresh(event: gr.EventData) -> tuple[Any, ...]:
         """Send the list again if its runs have changed; whoever asks for it also sees runs that are new."""
         listing = runs.refreshed(str(event.run), str(event.other), str(event.state))
         asked = event.asked is True
-        menus = (gr.update(choices=runs.names), gr.update(choices=_others(runs))) if asked else (gr.skip(), gr.skip())
+        menus = (gr.update(choices=_shown(runs)), gr.update(choices=_others(runs))) if asked else (gr.skip(), gr.skip())
         return gr.skip() if listing is None else listing, *menus
 
     def write_note(request: gr.Request, event: gr.EventData) -> Any:
@@ -357,7 +364,8 @@ def _wire_run(
             return gr.skip()
 
     quiet = {**options, "show_progress": "hidden", "concurrency_id": "list", "concurrency_limit": 1}
-    browser["list"].thumbnails(thumbnails, None, browser["thumbnails"], **{**quiet, "concurrency_id": "thumbnails"})
+    pictures = {**quiet, "concurrency_id": "thumbnails", "trigger_mode": "multiple"}  # asked for while some arrive
+    browser["list"].thumbnails(thumbnails, None, browser["thumbnails"], **pictures)
     browser["list"].refresh(refresh, None, [browser["list"], *chosen], **quiet)
     browser["list"].note(write_note, None, browser["list"], **quiet)
     browser["list"].notes(save_notes, None, browser["saved"], **quiet)

@@ -1,13 +1,16 @@
-"""List the samples of a run, or of two runs side by side, as plain values for the app and for static pages."""
+"""List the samples of a run, of two side by side, or of many, as plain values for the app and for static pages."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from stethoscope.core.errors import ArtefactError, StethoscopeError
 from stethoscope.core.text import counted
 from stethoscope.diagnosis.verdict import mention_outcome
 from stethoscope.report.export import judge
@@ -15,7 +18,7 @@ from stethoscope.report.run_source import RunReader, readable
 from stethoscope.storage.records import Record
 from stethoscope.storage.sample_notes import NOTES, Note, read_notes
 
-MOST_SAMPLES = 3000  # of a task in the list
+MOST_SAMPLES = 3000  # of a task in the list, of one run or of all
 ANSWER_LENGTH = 320  # characters of an answer in the list
 UNJUDGED = {1: "hallucinated", 0: "grounded", -1: "not judged"}
 """Outcome of a mention by its label where no detector has judged it."""
@@ -30,6 +33,29 @@ def read_state(folders: Sequence[Path]) -> str:
     files = [path for folder in folders for name in STATE_FILES for path in sorted(folder.glob(name))]
     stats = [path.stat() for path in files if path.exists()]
     return " ".join(f"{stat.st_mtime_ns:x}-{stat.st_size:x}" for stat in stats)
+
+
+def list_samples(sources: Sequence[RunReader]) -> tuple[list[dict[str, Any]], str]:
+    """List the samples of one run, or of two side by side.
+
+    Args:
+        sources: the one or two runs.
+
+    Returns:
+        Rows of ``sample_rows`` or ``paired_rows``, and what is to be known of them, in one line.
+
+    Raises:
+        ArtefactError: a run is damaged, or set beside itself.
+    """
+    if len(sources) == 2:
+        if sources[0].folder == sources[1].folder:
+            raise ArtefactError(f"{sources[0].name} is shown already; choose another run to set beside it")
+        rows, note = paired_rows(*sources)
+        return rows, f"{note} {_describe_limit(sources[0])}".strip()
+    [source] = sources
+    with readable(source.folder):
+        notes = [*([] if source.unfinished else [source.no_detector()]), source.off_policy(), _describe_limit(source)]
+        return sample_rows(source), " ".join(filter(None, notes))
 
 
 def sample_rows(source: RunReader, answer_length: int | None = ANSWER_LENGTH) -> list[dict[str, Any]]:
@@ -99,6 +125,78 @@ def paired_rows(first: RunReader, other: RunReader) -> tuple[list[dict[str, Any]
     return rows, remark if rows else f"{first.name} and {other.name} share no sample. {remark}".strip()
 
 
+def joined_rows(sources: Mapping[str, RunReader]) -> tuple[list[dict[str, Any]], str]:
+    """List the samples of many runs, of a task no more than of a single run.
+
+    Args:
+        sources: the runs by name, which keep their rows. Where they have more samples of a task, each is listed up to
+            the same number of them.
+
+    Returns:
+        Rows as of ``sample_rows``, run by run, each with the name of its ``run``; and a line about what is left out,
+        runs without a detector, and answers that a run's model did not write.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    rows: list[dict[str, Any]] = []
+    damaged: list[str] = []  # these say what is wrong when they are chosen alone
+    unjudged: list[str] = []
+    given: list[str] = []
+    for name, source in sources.items():
+        try:
+            with readable(source.folder):
+                sizes[name] = {task: source.store.count(task) for task in source.store.fingerprints()}
+        except StethoscopeError:
+            damaged.append(name)
+    counts: dict[str, list[int]] = defaultdict(list)
+    for task, count in (item for own in sizes.values() for item in own.items()):
+        counts[task].append(count)
+    limits = {task: even_limit(numbers, MOST_SAMPLES) for task, numbers in counts.items()}
+    for name, own in sizes.items():
+        source, most = sources[name], {task: min(count, limits[task]) for task, count in own.items()}
+        try:
+            with readable(source.folder):
+                listed = source.cached(("rows", *most.items()), partial(_limited_rows, source, most))
+                judged = any(mention[2] is not None for row in listed for mention in row["mentions"])
+                unjudged += [] if judged or source.unfinished else [name]
+                given += [f"{name}, {source.off_policy()}"] if source.off_policy() else []
+                rows += [{**row, "run": name} for row in listed]
+        except StethoscopeError:
+            damaged.append(name)
+    notes = [
+        f"{task}: of {sum(numbers):,} samples the first {limits[task]:,} of every run are listed; choose a run for all."
+        for task, numbers in counts.items()
+        if max(numbers) > limits[task]
+    ]
+    notes += [f"Left out, since files of them are damaged: {', '.join(damaged)}."] if damaged else []
+    notes += [f"Without a detector: {', '.join(unjudged)}."] if unjudged else []
+    return rows, " ".join([*notes, *given])
+
+
+def _limited_rows(source: RunReader, limits: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Make the rows of a run up to a number of each task, without keeping what else was read of the run."""
+    source.release()  # of rows up to another number
+    reader = replace(source)
+    return [row for task in _tasks(reader) for _, row in _entries(reader, task, most=limits[task])]
+
+
+def even_limit(counts: Sequence[int], most: int) -> int:
+    """Return the number up to which each of several is taken so that all together are ``most`` at the most.
+
+    From 10 on it is a multiple of 10, so that it does not change with every sample of a run in progress; it is at least
+    1, so that none is left out.
+
+    >>> even_limit([10, 500, 700], 1000), even_limit([10, 20], 1000), even_limit([5, 5, 5], 2)
+    (490, 1000, 1)
+    """
+    left = most
+    for index, count in enumerate(sorted(counts)):
+        share = left // (len(counts) - index)
+        if count > share:
+            return share // 10 * 10 or max(1, share)
+        left -= count
+    return most
+
+
 def find_row(source: RunReader, task: str, sample_id: str) -> dict[str, Any] | None:
     """Make the row of one sample, without notes; None if there is no such sample."""
     record = source.store.find(task, sample_id)
@@ -125,7 +223,7 @@ def _same_sample(first: Record, other: Record) -> bool:
     return (first.image, first.question) == (other.image, other.question) and len(digests) < 2
 
 
-def describe_limit(source: RunReader) -> str:
+def _describe_limit(source: RunReader) -> str:
     """Say that a task has more samples than the list shows; empty if none has."""
     larger = [task for task in _tasks(source) if source.store.count(task) > MOST_SAMPLES]
     return f"{', '.join(larger)}: only the first {MOST_SAMPLES} samples are listed." if larger else ""

@@ -97,6 +97,11 @@ def test_the_app(page, served, count):
     page.get_by_role("tab", name="Runs").click()
     page.locator("#list article").first.wait_for()
     assert count == QUICK or violations(page, "run", count) == []
+    if count != QUICK:
+        page.locator("#run input").click()
+        page.get_by_role("option", name="all runs").click()
+        page.locator("#list .st-run").first.wait_for()
+        assert violations(page, "all runs", count) == []
     page.locator("#list .st-chip.st-caught").first.click()
     page.wait_for_selector("#view [data-id=case]:not([hidden])")
     assert count == QUICK or violations(page, "sample", count) == []

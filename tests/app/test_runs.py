@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from stethoscope.app.runs import NO_RUN, Runs, write_examples
+from stethoscope.app.runs import ALL, NO_RUN, Runs, write_examples
 from stethoscope.core.errors import ArtefactError, ConfigError, StethoscopeError
+from stethoscope.report import sample_list
 from stethoscope.report.compare import compare
 from stethoscope.report.run_report import table_page
 from stethoscope.report.run_source import RunReader
@@ -126,6 +127,54 @@ def test_two_runs_side_by_side(folder, tmp_path):
     assert page == table_page("other against small", tables, sortable=False)
     assert "shown already" in json.loads(runs.listing("small", "small"))["note"]
     assert "unknown run" in json.loads(runs.listing("small", "../other"))["note"]
+
+
+@pytest.fixture
+def several(folder, tmp_path):
+    """Make three runs with a link to a fourth that stands elsewhere, the second one without a detector."""
+    for path in ("runs/a", "runs/b", "runs/c", "elsewhere"):
+        shutil.copytree(folder / "small", tmp_path / path)
+    (tmp_path / "runs" / "d").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "b" / "warnings.jsonl").unlink()
+    metrics = json.loads((tmp_path / "runs" / "b" / "metrics.json").read_text())
+    del metrics["detector"]
+    (tmp_path / "runs" / "b" / "metrics.json").write_text(json.dumps(metrics))
+    return tmp_path / "runs"
+
+
+def test_samples_of_all_runs_are_those_of_each(several, pool, tmp_path):
+    runs = Runs(several, None, tmp_path)
+    message = json.loads(runs.listing(ALL, "a"))
+    assert (message["run"], message["other"], message["note"]) == (ALL, "", "Without a detector: b.")
+    assert len(message["rows"]) == 480
+    for name in "abcd":
+        alone = json.loads(runs.listing(name))["rows"]
+        own = [row for row in message["rows"] if row["run"] == name]
+        assert [{**row, "run": name} for row in alone] == own
+    assert runs.refreshed(ALL, "", message["state"]) is None
+    keys = [f"{name}\tchair\tcounter-000007" for name in "adx"]
+    assert list(json.loads(runs.thumbnails(ALL, keys))["pictures"]) == keys[:2]
+    assert "choose it" in json.loads(runs.figures(ALL))["note"]
+    assert runs.question("d", "chair", "counter-000007", pool, "testbed").case["run"] == "d"
+    with pytest.raises(ArtefactError, match="unknown run"):
+        runs.question(ALL, "chair", "counter-000007", pool, "testbed")
+    shutil.copytree(several / "a", several / "new")  # while the page is open
+    assert len(json.loads(runs.refreshed(ALL, "", message["state"]))["rows"]) == 600
+
+
+def test_runs_share_the_list_evenly_and_a_damaged_one_does_not_hide_the_others(several, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_list, "MOST_SAMPLES", 90)
+    with (several / "c" / "warnings.jsonl").open("a") as file:
+        file.write('{"task": 3}\n')
+    lines = (several / "a" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (several / "a" / "samples.jsonl").write_text("".join(line for line in lines if '"pope"' in line))
+    message = json.loads(Runs(several, None, tmp_path).listing(ALL))
+    counts = Counter((row["run"], row["task"]) for row in message["rows"])
+    assert counts["d", "chair"] == counts["b", "chair"] == 30
+    assert max(counts.values()) <= 90 // 3
+    assert {run for run, _ in counts} == {"a", "b", "d"}
+    assert "Left out, since files of them are damaged: c." in message["note"]
+    assert "chair: of 180 samples the first 30 of every run are listed" in message["note"]
 
 
 def test_a_note_is_written_into_the_run_and_changes_no_result(folder, pool, tmp_path):

@@ -354,6 +354,48 @@ def test_two_runs_are_set_side_by_side_and_one_in_progress_is_followed(page, ser
     take(page, "comparison", tmp_path)
 
 
+def test_samples_of_all_runs_are_one_list(page, served, beside, tmp_path):
+    page.get_by_role("tab", name="Runs").click()
+    cards, count = page.locator("#list article"), page.locator("#list [data-id=count]")
+    cards.first.wait_for()
+    assert page.locator("#list [data-id=run-line]").is_hidden()
+    page.locator("#run input").click()
+    page.get_by_role("option", name="all runs").click()
+    page.wait_for_function("document.querySelector('#list [data-id=count]').textContent.endsWith('2 runs')")
+    page.select_option("#list [data-id=fold]", "")
+    assert count.inner_text() == "240 of 240 samples of 2 runs"
+    page.select_option("#list [data-id=kind]", "caught")
+    page.select_option("#list [data-id=order]", "high")
+    assert {card.locator(".st-run").inner_text() for card in cards.all()} == {"small"}  # the other warns of nothing
+    page.select_option("#list [data-id=run]", "beside")
+    assert cards.count() == 0
+    page.select_option("#list [data-id=run]", "")
+    page.select_option("#list [data-id=kind]", "")
+    page.select_option("#list [data-id=task]", "chair")
+    page.select_option("#list [data-id=order]", "together")
+    page.fill("#list [data-id=find]", "counter-0000")
+    heads = [(card.locator("b").inner_text(), card.locator(".st-run").inner_text()) for card in cards.all()]
+    names = sorted({name for name, _ in heads})
+    assert sorted(heads) == sorted((name, run) for name in names for run in ("small", "beside"))
+    assert [name for name, _ in heads] == sorted(names * 2)
+    page.wait_for_function("document.querySelectorAll('#list .st-thumbnail[hidden]').length === 0")
+    take(page, "all_runs", tmp_path)
+    cards.first.locator("button").first.focus()
+    page.keyboard.press("n")
+    assert page.evaluate("document.activeElement.closest('article').dataset.key").split("\t")[0] == heads[1][1]
+    cards.nth(1).get_by_role("button", name=f"look at sample {names[0]} of {heads[1][1]}").press("Enter")
+    page.wait_for_selector(DONE, timeout=60_000)
+    assert text(page, "case-name").startswith(f"{heads[1][1]}, chair: {names[0]}")
+    assert f"run={heads[1][1]}&task=chair&sample={names[0]}" in page.url
+    page.click("#view [data-id=previous]")  # in the list, which is of the other run
+    wait_for_words(page, "case-name", f"{heads[0][1]}, chair: {names[0]}")
+    page.get_by_role("tab", name="Runs").click()
+    assert page.locator("#run input").input_value() == "all runs"
+    assert cards.count() == len(heads)
+    page.get_by_role("tab", name="Figures").click()
+    page.get_by_text("Figures are of one run").wait_for()
+
+
 def test_a_note_is_written_and_filtered_by(page, served, tmp_path):
     page.get_by_role("tab", name="Runs").click()
     cards = page.locator("#list article")

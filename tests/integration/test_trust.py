@@ -117,7 +117,7 @@ def test_the_app_shows_a_hostile_run_without_running_it(hostile, stethoscope, tm
     assert not json.loads(runs.listing("copy"))["note"]
     record = next(iter(RunReader.read(run).store.records("chair")))
     with pytest.raises(StethoscopeError, match="picture of sample"):
-        runs._read_picture("copy", RunReader.read(run), record, [])
+        runs._read_picture(RunReader.read(run), record, [])
     assert not Path("pwned").exists()
 
 

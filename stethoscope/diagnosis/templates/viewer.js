@@ -395,8 +395,8 @@ function edit() {
 // --- a sample of a run ------------------------------------------------------------------------------------------
 
 function neighbour(step) {
-  const own = data.case, order = (window.stethoscopeOrder || []).filter((one) => one.run === own.run);
-  const same = (one) => one.run === own.run && one.task === own.task && one.sample === own.sample;
+  const own = data.case, same = (one) => one.run === own.run && one.task === own.task && one.sample === own.sample;
+  const order = (window.stethoscopeOrders || []).find((samples) => samples.some(same)) || [];
   const index = order.findIndex(same);
   if (index >= 0) return order[index + step] || null; // in the order and the filter of the list
   const sample = step < 0 ? own.previous : own.next;

@@ -1,4 +1,4 @@
-// The samples of a run, or of two runs side by side. Filters run in the browser; opening one asks the server.
+// The samples of a run, of two runs side by side, or of all runs. Filters run in the browser; opening one asks the server.
 // It reads element, props.value, watch and trigger, as viewer.js does; trigger is null on a static page.
 const PAGE = 40, POLL = 5000; // samples shown at once; milliseconds between two looks at a run in progress
 const KINDS = [["", "all samples"], ["false alarm", "with a false alarm"], ["missed", "with a missed hallucination"],
@@ -6,10 +6,13 @@ const KINDS = [["", "all samples"], ["false alarm", "with a false alarm"], ["mis
   ["wrong", "with a wrong answer"], ["right", "without a hallucination or an alarm"]];
 const ORDERS = [["", "as in the run"], ["high", "highest probability first"], ["low", "lowest probability first"]];
 const APART = ["apart", "probabilities furthest apart first"];
+const TOGETHER = ["together", "a sample's answers of all runs together"];
+const ALL = "/"; // in place of a run's name: all runs, of which every row has its own
 const WRONG = ["caught", "missed", "hallucinated"]; // outcomes of a hallucinated object
 const pictures = new Map(); // by key, once they have come
 let wanted = new Set(); // keys that the server was asked for
-let split = new Set(); // tasks whose images a detector has learned from
+let requests = 0, waiting = false; // of small pictures: one at a time, as the page would see the later of two answers alone
+let split = new Set(); // runs and tasks whose images a detector has learned from
 let rows = [], limit = PAGE, run = "", other = "", state = "", timer = 0, writable = false;
 let opened = null; // on a static page: key of the sample that is looked at, and the first character of a mention
 let page = null; // what a static page brings along: pictures, and the colours of heat maps
@@ -93,11 +96,12 @@ function fitsKind(row) {
 function fits(row) {
   const find = $("find").value.trim().toLowerCase();
   if ($("task").value && row.task !== $("task").value) return false;
-  if ($("fold").value && split.has(row.task) && row.fold !== $("fold").value) return false;
+  if ($("run").value && row.run !== $("run").value) return false;
+  if ($("fold").value && split.has(taskOf(row)) && row.fold !== $("fold").value) return false;
   if (!fitsKind(row) || !fitsNotes(row)) return false;
   const both = row.other ? [row, row.other] : [row];
   const texts = both.flatMap((one) => [one.answer, ...one.mentions.map((mention) => mention[0]), ...one.notes.flatMap((note) => [note.text, note.author, ...note.tags])]);
-  return !find || [row.sample, row.question, ...texts].some((text) => text.toLowerCase().includes(find));
+  return !find || [row.run || "", row.sample, row.question, ...texts].some((text) => text.toLowerCase().includes(find));
 }
 
 function notesOf(row) {
@@ -126,6 +130,7 @@ function probability(row) { // of the mentions that the filter is about, the one
 }
 
 function ordered(shown) {
+  if ($("order").value === "together") return [...shown].sort((a, b) => a.task === b.task ? (a.sample > b.sample) - (a.sample < b.sample) : (a.task > b.task) - (a.task < b.task));
   const sign = { high: -1, apart: -1, low: 1 }[$("order").value];
   if (!sign) return shown;
   const values = new Map(shown.map((row) => [row, probability(row)]));
@@ -141,8 +146,16 @@ function address(row, name) { // of a run's sample, at the mention that the filt
   return { run: name, task: row.task, sample: row.sample, mention: $("kind").value && mention ? mention[3] : null };
 }
 
+function runOf(row) {
+  return row.run || run;
+}
+
+function taskOf(row) {
+  return `${runOf(row)}\t${row.task}`;
+}
+
 function keyOf(row) {
-  return `${row.task}\t${row.sample}`;
+  return `${row.run ? row.run + "\t" : ""}${row.task}\t${row.sample}`;
 }
 
 function thumbnail(row) {
@@ -155,12 +168,13 @@ function thumbnail(row) {
 }
 
 function fetchThumbnails() {
-  if (!trigger || !element.offsetParent) return; // nothing is fetched for a list that nobody sees
+  if (!trigger || waiting || !element.offsetParent) return; // nothing is fetched for a list that nobody sees
   const keys = [...element.querySelectorAll(".st-thumbnail[hidden]")].map((image) => image.dataset.key);
   const missing = [...new Set(keys)].filter((key) => !wanted.has(key)).slice(0, PAGE);
   if (!missing.length) return;
   missing.forEach((key) => wanted.add(key));
-  trigger("thumbnails", { run, samples: missing });
+  waiting = true;
+  trigger("thumbnails", { run, samples: missing, request: ++requests });
 }
 
 // --- cards ---------------------------------------------------------------------------------------------------------
@@ -230,7 +244,7 @@ function opener(row, name) {
   const button = make("button", !trigger && isOpen(row) ? "close" : "look at it", "st-open");
   if (!trigger) button.setAttribute("aria-expanded", isOpen(row));
   button.type = "button";
-  button.setAttribute("aria-label", `look at sample ${row.sample}${row.other ? ` of ${name}` : ""}`);
+  button.setAttribute("aria-label", `look at sample ${row.sample}${row.other || row.run ? ` of ${name}` : ""}`);
   button.dataset.use = `look ${name}`;
   button.addEventListener("click", () => open(row, name));
   return button;
@@ -299,7 +313,7 @@ function noteButton(row, side, name) {
   const button = make("button", "note", "st-open");
   button.type = "button";
   button.dataset.use = `note ${name}`;
-  button.setAttribute("aria-label", `note on sample ${row.sample}${row.other ? ` of ${name}` : ""}`);
+  button.setAttribute("aria-label", `note on sample ${row.sample}${row.other || row.run ? ` of ${name}` : ""}`);
   button.addEventListener("click", () => {
     editing = { key: keyOf(row), name, form: noteForm(row, side, name) };
     show();
@@ -326,11 +340,11 @@ function buttons(row, side, name) {
 function card(row) {
   const box = make("article", undefined, "st-card st-sample"), head = make("div", undefined, "st-sample-head");
   box.dataset.key = keyOf(row);
-  head.append(make("b", row.sample), make("span", row.task + (row.other ? "" : remark(row)), "st-soft"));
+  head.append(make("b", row.sample), ...(row.run ? [make("span", row.run, "st-run")] : []), make("span", row.task + (row.other ? "" : remark(row)), "st-soft"));
   box.append(thumbnail(row), head, make("p", row.question, "st-soft"));
   if (!row.other) {
-    head.append(buttons(row, row, run));
-    box.append(answerText(row, row), chips(row, row, null, run), ...noted(row, row, run));
+    head.append(buttons(row, row, runOf(row)));
+    box.append(answerText(row, row), chips(row, row, null, runOf(row)), ...noted(row, row, runOf(row)));
     if (isOpen(row)) box.append(detail(row));
     return box;
   }
@@ -349,7 +363,8 @@ function card(row) {
 
 function show() {
   const shown = ordered(rows.filter(fits)), held = document.activeElement, kept = held && element.contains(held) ? held.closest("article") : null;
-  $("count").textContent = rows.length ? `${shown.length} of ${counted(rows.length, "sample")}` : "";
+  const runs = run === ALL ? ` of ${counted(new Set(rows.map(runOf)).size, "run")}` : "";
+  $("count").textContent = rows.length ? `${shown.length} of ${counted(rows.length, "sample")}${runs}` : "";
   $("rows").replaceChildren(...shown.slice(0, limit).map(card));
   $("more").hidden = shown.length <= limit;
   const again = kept && [...$("rows").children].find((box) => box.dataset.key === kept.dataset.key);
@@ -359,7 +374,8 @@ function show() {
     (heir || buttons[0]).focus(); // in its new card
   }
   fetchThumbnails();
-  window.stethoscopeOrder = [run, ...(other ? [other] : [])].flatMap((name) => shown.map((row) => address(row, name))); // in which the viewer goes to the previous and the next
+  const sequences = other ? [() => run, () => other] : [runOf]; // in which the viewer goes to the previous and the next
+  window.stethoscopeOrders = sequences.map((name) => shown.map((row) => address(row, name(row))));
 }
 
 function openLink() { // of a static page, to a sample
@@ -396,7 +412,7 @@ function receive() {
     limit = PAGE;
   }
   wanted = new Set(pictures.keys());
-  split = new Set(rows.filter((row) => row.fold).map((row) => row.task));
+  split = new Set(rows.filter((row) => row.fold).map(taskOf));
   $("note").textContent = message.note;
   $("note").hidden = !message.note;
   $("progress").textContent = message.progress || "";
@@ -404,12 +420,13 @@ function receive() {
   $("refresh").hidden = !trigger;
   for (const label of $("filters").querySelectorAll("label")) label.hidden = !rows.length;
   options("kind", other ? pairKinds() : KINDS);
-  options("order", other ? [...ORDERS, APART] : ORDERS);
+  options("order", [...ORDERS, ...(other ? [APART] : []), ...(run === ALL ? [TOGETHER] : [])]);
   const tags = [...new Set(rows.flatMap(notesOf).flatMap((note) => note.tags))].sort();
   options("noted", [["", "all samples"], ["any", "with a note"], ["label", "with a corrected label"], ...tags.map((tag) => [`#${tag}`, `#${tag}`])]);
   $("noted-line").hidden = !rows.some((row) => notesOf(row).length);
-  $("saving").hidden = !trigger || $("noted-line").hidden;
+  $("saving").hidden = !trigger || run === ALL || $("noted-line").hidden;
   if ($("noted-line").hidden) $("noted").value = "";
+  choices("run", [...new Set(rows.map((row) => row.run).filter(Boolean))]);
   choices("fold", [...new Set(rows.map((row) => row.fold).filter(Boolean))]);
   choices("task", [...new Set(rows.map((row) => row.task))]);
   if (!same && rows.some((row) => row.fold === "test")) $("fold").value = "test"; // those that the detector has not learned from
@@ -418,8 +435,8 @@ function receive() {
 }
 
 document.addEventListener("stethoscope-thumbnails", ({ detail }) => {
-  if (detail.run !== run) return;
-  for (const [key, address] of Object.entries(detail.pictures)) pictures.set(key, address);
+  waiting = false;
+  for (const [key, address] of Object.entries(detail.run === run ? detail.pictures : {})) pictures.set(key, address);
   for (const image of element.querySelectorAll(".st-thumbnail[hidden]")) {
     if (pictures.has(image.dataset.key)) { image.src = pictures.get(image.dataset.key); image.hidden = false; }
   }
@@ -431,7 +448,7 @@ element.addEventListener("keydown", (event) => { // n and p go through the sampl
   if (next && next.querySelector("button")) next.querySelector("button").focus();
 });
 new ResizeObserver(fetchThumbnails).observe(element); // once the tab is seen
-for (const id of ["kind", "fold", "task", "order", "noted", "find"]) $(id).addEventListener("input", () => { limit = PAGE; show(); });
+for (const id of ["kind", "run", "fold", "task", "order", "noted", "find"]) $(id).addEventListener("input", () => { limit = PAGE; show(); });
 $("more").addEventListener("click", () => { limit += PAGE; show(); });
 $("refresh").addEventListener("click", () => trigger("refresh", { run, other, state, asked: true }));
 for (const button of $("saving").children) button.addEventListener("click", () => trigger("notes", { run, kind: button.dataset.kind }));
