@@ -144,6 +144,10 @@ class AnswerTokens:
         """
         return trim_ids(ids, self.end_ids, self.all_stops(stops), self.decode)
 
+    def read(self, ids: Sequence[int], logprobs: Sequence[float], stops: Sequence[str]) -> Answer:
+        """Trim and decode generated ids, see ``trim`` and ``answer``."""
+        return self.answer(self.trim(ids, stops), logprobs)
+
     def answer(self, trimmed: TrimmedIds, logprobs: Sequence[float]) -> Answer:
         """Decode trimmed ids.
 

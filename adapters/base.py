@@ -76,6 +76,12 @@ History = Sequence[tuple[str, str]]
 """Earlier questions about a picture with their answers, the oldest first."""
 
 
+def check_turns(question: Any, history: Any) -> tuple[tuple[str, str], ...]:
+    """Check a question, and return the earlier ones with their answers; see ``check_text`` and ``check_history``."""
+    check_text(question)
+    return check_history(history)
+
+
 class ForeignTokens(DataError):
     """The token ids of a given answer are not those of its text by the model's tokenizer."""
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stethoscope.adapters.cache_columns import join_caches, prompt_columns, split_cache
+from stethoscope.adapters.prompt_caches import join_caches, joined_cache, split_cache
 from stethoscope.core.types import required
-from stethoscope.relevancy.checkpointing import PrefixCache
-from stethoscope.relevancy.shared_passes import continues
+from stethoscope.relevancy.shared_passes import PrefixCache, continues
 from stethoscope.tracing.attention_recorder import logits_to_keep
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, record
 from stethoscope.tracing.trace import Encoded, PromptCache, Spans
@@ -95,6 +94,21 @@ def _pad(parts: list[Tensor], fill: int, side: str) -> list[Tensor]:
         pads = (missing, 0) if side == "left" else (0, missing)
         padded.append(torch.nn.functional.pad(part, pads, value=fill) if missing else part)
     return padded
+
+
+def prompt_columns(encoded: Sequence[Encoded], prefix_lengths: Sequence[int] | None = None) -> list[list[slice]]:
+    """Return by prompt the columns of its prefix and of its rest in a batch that ``generate`` reads.
+
+    Both are padded on the left, to the longest of each; without prefixes the first range is empty.
+    """
+    prefix_lengths = prefix_lengths or [0] * len(encoded)
+    longest = max(prefix_lengths)
+    rests = [prompt.spans.length - length for prompt, length in zip(encoded, prefix_lengths, strict=True)]
+    width = longest + max(rests)
+    return [
+        [slice(longest - length, longest), slice(width - rest, width)]
+        for length, rest in zip(prefix_lengths, rests, strict=True)
+    ]
 
 
 class Prefix(NamedTuple):
@@ -296,10 +310,7 @@ class ForwardRunner:
             for part, piece in zip(parts, pieces, strict=True):
                 ids[index, part], mask[index, part] = piece, 1
         offsets = [max(lengths) - length for length in lengths]
-        cache = DynamicCache()
-        layers = join_caches([prefix.cache for prefix in prefixes], lengths, offsets)
-        for layer, (keys, values) in enumerate(layers):
-            cache.update(keys, values, layer)
+        cache = joined_cache([prefix.cache for prefix in prefixes], lengths, offsets)
         return {**self.to_device({"input_ids": ids, "attention_mask": mask}), "past_key_values": cache}
 
     def last_prefix(self, cache: Any, encoded: Sequence[Encoded], lengths: Sequence[int] | None) -> PromptCache | None:

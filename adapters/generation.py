@@ -26,8 +26,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from stethoscope.adapters import memory
 from stethoscope.adapters.answer_tokens import AnswerTokens, TrimmedIds
-from stethoscope.adapters.cache_columns import prompt_columns
-from stethoscope.adapters.forward import ForwardRunner, Prefix, groups
+from stethoscope.adapters.forward import ForwardRunner, Prefix, groups, prompt_columns
 from stethoscope.adapters.prefixes import SharedPrefixes
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer, Generation
@@ -318,8 +317,7 @@ class AnswerGenerator:
         with nullcontext() if recorder is None else recorder.recorded(self._model):
             output = self._model.generate(**arguments)
         ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
-        trimmed = [self._tokens.trim(part, generation.stop) for part in ids]
-        answers = [self._tokens.answer(*pair) for pair in zip(trimmed, values, strict=True)]
+        answers = [self._tokens.read(*pair, generation.stop) for pair in zip(ids, values, strict=True)]
         self.prefixes.store(encoded, lengths, output.past_key_values)
         columns = prompt_columns(encoded, lengths)
         record = None if recorder is None else RecordedAnswers([part.token_ids for part in answers], columns, recorder)

@@ -15,7 +15,7 @@ from torch import Tensor
 from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters import loading, memory, tiny
 from stethoscope.adapters.answer_tokens import AnswerTokens, TrimmedIds, continuation_ids
-from stethoscope.adapters.base import Adapter, History, check_history, check_text
+from stethoscope.adapters.base import Adapter, History, check_turns
 from stethoscope.adapters.forward import ForwardRunner, continues, groups
 from stethoscope.adapters.generation import (
     AnswerGenerator,
@@ -26,12 +26,11 @@ from stethoscope.adapters.generation import (
 )
 from stethoscope.adapters.load_settings import Loading, check_device
 from stethoscope.adapters.loading import model_name
-from stethoscope.adapters.picture_settings import limit_pixels
 from stethoscope.adapters.prompts import SYSTEMS, PromptEncoder, check_chat_template, check_follow_up, check_prompt
-from stethoscope.adapters.question_encoder import QuestionEncoder, check_phrases
+from stethoscope.adapters.question_encoder import QuestionEncoder, check_phrases, limit_pixels
 from stethoscope.adapters.tracer import Tracer
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, unknown
-from stethoscope.core.system import model_faults
+from stethoscope.core.system import ModelFaults
 from stethoscope.core.types import Answer, Generation, Memory, Picture, with_limit
 from stethoscope.tracing.trace import (
     CONTINUATION,
@@ -63,7 +62,7 @@ class HfAdapter(Adapter):
             part of it: ``{"question": "answer en {question}", "description": "caption en"}``; None for the question.
         pad: pad pictures to a square with the mean colour of the image processor, before it sees them.
         max_pixels: most pixels to which the image processor may scale a picture, see
-            ``picture_settings.limit_pixels``; None for the model's own limit.
+            ``question_encoder.limit_pixels``; None for the model's own limit.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for that of the checkpoint.
         device: ``auto`` takes a GPU when there is one; else a torch device.
         loading: ``device_map``, ``max_memory``, ``offload_folder``, ``quantize``, ``attention``, ``local_files_only``,
@@ -159,7 +158,7 @@ class HfAdapter(Adapter):
             model = loading.dispatch_model(model, self.loading)
         if self.loading.device_map is None:
             model = model.to(device)
-        with model_faults(f"the processor of {self.name} does not work with its model", CapabilityError):
+        with ModelFaults(f"the processor of {self.name} does not work with its model", CapabilityError):
             if self.max_pixels is not None:
                 limit_pixels(model, processor, self.max_pixels, self.name)
             encoder = self._make_encoder(model, processor)
@@ -258,8 +257,7 @@ class HfAdapter(Adapter):
         return self._encode(asks, image, question, history)
 
     def _encode(self, asks: str, image: Picture, question: str, history: History) -> Encoded:
-        check_text(question)
-        turns = check_history(history)
+        turns = check_turns(question, history)
         if turns:
             self.check_conversation()
         return self._questions(asks, image, question, turns)
@@ -324,7 +322,7 @@ class HfAdapter(Adapter):
     def prefill(self, encoded: Sequence[Encoded], requires: Collection[str] = ("relevancy",)) -> list[Encoded]:
         """See ``Adapter.prefill``; the models in ``trace.CAUSAL`` go on from such passes."""
         self.setup()
-        with model_faults(f"{self.name} fails to read the prompt"):
+        with ModelFaults(f"{self.name} fails to read the prompt"):
             return self._tracer.prefill.run(encoded, requires)
 
     @contextmanager
@@ -341,7 +339,7 @@ class HfAdapter(Adapter):
         self.setup()
         if (method := generation.mitigation) is not None and method.writes:
             return [written.answer for written in method.write(self, encoded, generation)], list(encoded)
-        with model_faults(f"{self.name} fails to answer"):
+        with ModelFaults(f"{self.name} fails to answer"):
             return self._generator.generate(self, encoded, generation, return_cache)
 
     def prepare_generate(
@@ -358,7 +356,7 @@ class HfAdapter(Adapter):
 
     def decode_answer(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
         """See ``Adapter.decode_answer``."""
-        return self._tokens.answer(self._tokens.trim(ids, generation.stop), logprobs)
+        return self._tokens.read(ids, logprobs, generation.stop)
 
     @torch.inference_mode()
     def answer(self, encoded: Encoded, text: str, token_ids: Sequence[int] | None = None) -> Answer:
@@ -369,7 +367,7 @@ class HfAdapter(Adapter):
             DataError: the answer holds a placeholder, which would stand for a second image.
         """
         self.setup()
-        with model_faults(f"{self.name} fails to read the answer"):
+        with ModelFaults(f"{self.name} fails to read the answer"):
             trimmed = (
                 TrimmedIds(self._tokens.tokenise(encoded, text.strip()), True)
                 if token_ids is None
@@ -398,7 +396,7 @@ class HfAdapter(Adapter):
         for requirement in requires:
             if requirement not in (*REQUIREMENTS, *EXTRA_REQUIREMENTS):
                 raise ConfigError(unknown("requirement", requirement, [*REQUIREMENTS, *EXTRA_REQUIREMENTS]))
-        with model_faults(f"{self.name} fails while its answer is traced", CaptureError):
+        with ModelFaults(f"{self.name} fails while its answer is traced", CaptureError):
             return self._tracer.trace(encoded, answers, frozenset(requires))
 
     def forward_inputs(self, encoded: Encoded, answer_ids: Sequence[int]) -> tuple[PreTrainedModel, dict[str, Tensor]]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import ConfigError, DataError, first_line
-from stethoscope.core.images import rgb
 from stethoscope.core.system import default_signals, describe_error
 from stethoscope.tracing.token_spans import image_layout, image_positions, question_positions
 from stethoscope.tracing.trace import Encoded, Spans
@@ -159,8 +158,7 @@ class PromptEncoder:
         return None if self._follow_up is None else Turns.from_follow_up(self.template, self._follow_up)
 
     def __call__(self, image: Image, question: str, history: tuple[tuple[str, str], ...] = ()) -> Encoded:
-        """See ``Adapter.encode``. The prompt's text depends on the image through its size alone."""
-        image = rgb(image)
+        """See ``Adapter.encode``, for an RGB image. The prompt's text depends on it through its size alone."""
         image_key, text_key = (image.size, hashlib.sha256(image.tobytes()).digest()), (question, history, image.size)
         text, pixels = self._texts.get(text_key), self._images.get(image_key)
         if text is None or (pixels is None and not self._is_separable.get(image.size)):

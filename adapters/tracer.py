@@ -18,13 +18,12 @@ from torch import Tensor
 
 from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
 from stethoscope.adapters.prefill import SMALL_MAPS, Prefill, attention_bytes
-from stethoscope.adapters.prompt_store import BlankPrefixCache, HiddenImageStates, blank_key
+from stethoscope.adapters.prompt_caches import BlankPrefixCache, HiddenImageStates, blank_key
 from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_passes, relevancy_from_inputs
-from stethoscope.relevancy.checkpointing import PrefixCache
-from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass
+from stethoscope.relevancy.shared_passes import AnswerPass, PrefixCache, PromptPass
 from stethoscope.tracing.answer_recorder import RecordedRows
 from stethoscope.tracing.attention_recorder import (
     HeadAttentionRecorder,

@@ -111,6 +111,16 @@ class Task(ABC):
         """Return the labelled object mentions of one answer, in reading order; none by default."""
         return ()
 
+    def evaluate(self, sample: Sample, answer: Answer) -> tuple[Score, tuple[Mention, ...]]:
+        """Return ``score`` and ``mentions`` of one answer; a task that reads both off the same text does so once."""
+        return self.score(sample, answer), tuple(self.mentions(sample, answer))
+
+    def evaluate_answer(self, sample: Sample, answer: Answer) -> tuple[Score, tuple[Mention, ...]]:
+        """Return what ``score_answer`` and ``label_mentions`` do."""
+        scored, kept = answer.without_reasoning()
+        score, mentions = self.evaluate(sample, scored)
+        return score, _in_whole_answer(mentions, answer, kept)
+
     def score_answer(self, sample: Sample, answer: Answer) -> Score:
         """Score an answer without its reasoning, which ``score`` never sees."""
         return self.score(sample, answer.without_reasoning()[0])
@@ -118,7 +128,11 @@ class Task(ABC):
     def label_mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return the mentions outside of an answer's reasoning, as spans of the whole answer."""
         scored, kept = answer.without_reasoning()
-        mentions = tuple(self.mentions(sample, scored))
-        if not answer.reasoning:
-            return mentions
-        return tuple(replace(item, start=kept[item.start], end=kept[item.end - 1] + 1) for item in mentions)
+        return _in_whole_answer(tuple(self.mentions(sample, scored)), answer, kept)
+
+
+def _in_whole_answer(mentions: tuple[Mention, ...], answer: Answer, kept: Sequence[int]) -> tuple[Mention, ...]:
+    """Move mentions from the text without reasoning, whose characters are the ``kept`` ones, to the whole answer."""
+    if not answer.reasoning:
+        return mentions
+    return tuple(replace(item, start=kept[item.start], end=kept[item.end - 1] + 1) for item in mentions)

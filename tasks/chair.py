@@ -206,18 +206,21 @@ class Chair(Task):
             return named, [mention.name in self._judged for mention in named]
         return beside_coco(self._extract, text)
 
+    def evaluate(self, sample: Sample, answer: Answer) -> tuple[Score, tuple[Mention, ...]]:
+        """Extract the objects of an answer once, for its score and its mentions."""
+        text, truth = self._scored_text(answer), set(sample.reference["objects"])
+        named, judged = self._named(text)
+        names = [mention.name for mention, own in zip(named, judged, strict=True) if own]
+        labels = [int(mention.name not in truth) if own else -1 for mention, own in zip(named, judged, strict=True)]
+        return score_caption(text, names, sample.reference["objects"]), label_mentions(named, labels)
+
     def score(self, sample: Sample, answer: Answer) -> Score:
         """Count mentions, hallucinated mentions, true objects named and words; an empty answer is ``unparsed``."""
-        text = self._scored_text(answer)
-        names = [mention.name for mention, judged in zip(*self._named(text), strict=True) if judged]
-        return score_caption(text, names, sample.reference["objects"])
+        return self.evaluate(sample, answer)[0]
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return every object that the scored text names: 1 if it is not in the picture, else 0; -1 not judged."""
-        truth = set(sample.reference["objects"])
-        named, judged = self._named(self._scored_text(answer))
-        labels = [int(mention.name not in truth) if own else -1 for mention, own in zip(named, judged, strict=True)]
-        return label_mentions(named, labels)
+        return self.evaluate(sample, answer)[1]
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return CHAIR_i, CHAIR_s, object recall and length in words; ``counts.CHAIR_METRICS`` defines them."""

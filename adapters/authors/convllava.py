@@ -28,8 +28,8 @@ from stethoscope.adapters.authors.processor import (
 )
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.loading import model_name
-from stethoscope.adapters.picture_settings import pad_to_square
 from stethoscope.adapters.prompts import SYSTEMS
+from stethoscope.adapters.question_encoder import pad_to_square
 from stethoscope.core.errors import CapabilityError, ConfigError
 
 if TYPE_CHECKING:

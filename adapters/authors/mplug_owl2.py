@@ -18,7 +18,7 @@ from stethoscope.adapters.authors.processor import (
     squash,
 )
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.picture_settings import stretch_to_square
+from stethoscope.adapters.question_encoder import stretch_to_square
 from stethoscope.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

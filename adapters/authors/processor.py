@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from stethoscope.adapters.authors.checkpoints import find_file, read_config
 from stethoscope.adapters.load_settings import Loading
 from stethoscope.adapters.loading import is_folder, silenced, translate_loading_errors
-from stethoscope.adapters.picture_settings import CLIP_MEAN
 from stethoscope.adapters.prompts import Turns, around_question, check_placeholders
+from stethoscope.adapters.question_encoder import CLIP_MEAN
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, first_line
 from stethoscope.core.images import rgb
 from stethoscope.tracing.token_spans import Grids

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stethoscope.adapters.authors.processor import CLIP_STD
-from stethoscope.adapters.picture_settings import CLIP_MEAN
+from stethoscope.adapters.question_encoder import CLIP_MEAN
 from stethoscope.adapters.tiny.tokenizers import SIZES, llama_tokenizer, text_sizes
 
 if TYPE_CHECKING:

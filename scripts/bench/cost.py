@@ -96,9 +96,9 @@ def measure(
                 traces = adapter.trace_batch(kept[few], answers[few], features.requires)
                 computed = compute_columns(features, traces)
                 for sample, trace, columns in zip(asked[few], traces, computed, strict=True):
-                    mentions = run.task.label_mentions(sample, trace.answer)
-                    named = [mention is not None for mention in trace.answer.owners(mentions)]
-                    rows.append(TokenRows(sample, trace.answer, mentions, without_vectors(columns, named)))
+                    owners = trace.answer.owners(run.task.label_mentions(sample, trace.answer))
+                    named = [mention is not None for mention in owners]
+                    rows.append(TokenRows(sample, trace.answer, owners, without_vectors(columns, named)))
                     maps.on_trace(run, sample, trace)
             tables.append(token_tables(run.task.name, rows))
 

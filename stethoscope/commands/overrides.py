@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from stethoscope.commands import HYDRA_COMMANDS
 from stethoscope.core.component import TARGET, choices, compose, conf_folder, groups, is_located
@@ -78,8 +78,8 @@ def name_loggers(words: Sequence[str], command: str, folder: str | None = None) 
     folders = [*([Path(folder)] if folder else []), conf_folder()]
     chosen = [word.partition("=")[2] for word in words if word.startswith("logger=")]
     if not chosen:
-        defaults = _yaml(folders, command).get("defaults", [])
-        chosen = [str(entry["logger"]) for entry in defaults if isinstance(entry, dict) and "logger" in entry]
+        choices = command_file(command, tuple(folders[:-1])).choices
+        chosen = [choice.name for choice in choices if choice.group == "logger" and choice.name]
     names = list(dict.fromkeys(re.findall(r"[^\[\]',\s]+", ",".join(chosen))))
     nodes = {name: _yaml(folders, f"logger/{name}") for name in names}
     settings = {
@@ -163,6 +163,54 @@ def _yaml(folders: Sequence[Path], name: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+class Choice(NamedTuple):
+    """An entry of a list of defaults that chooses a file of a group.
+
+    Attributes:
+        group: such as ``detector``.
+        package: key that the file's settings are put under.
+        name: of the file, or of several in brackets; None where none is chosen.
+    """
+
+    group: str
+    package: str
+    name: str | None
+
+
+class CommandFile(NamedTuple):
+    """The configuration file of a command.
+
+    Attributes:
+        settings: those of the file, and of each that it includes, without Hydra's own.
+        choices: the files of groups that it chooses.
+    """
+
+    settings: tuple[Mapping[str, Any], ...]
+    choices: tuple[Choice, ...]
+
+
+@cache
+def command_file(command: str, folders: tuple[Path, ...] = ()) -> CommandFile:
+    """Read the configuration file of a command, and its list of defaults.
+
+    Args:
+        command: its root.
+        folders: of the user's configuration files, which come before the package's.
+    """
+    searched = (*folders, conf_folder())
+    own, choices = _yaml(searched, command), list[Choice]()
+    files = [own]
+    for entry in own.get("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            files.append(_yaml(searched, entry))
+        elif isinstance(entry, dict) and not next(iter(entry)).startswith("override "):
+            [(key, name)] = entry.items()
+            group, _, package = key.partition("@")
+            choices.append(Choice(group, package or group, None if name is None else str(name)))
+    settings = ({key: value for key, value in file.items() if key not in ("defaults", "hydra")} for file in files)
+    return CommandFile(tuple(settings), tuple(choices))
+
+
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     """Explain an exception of Hydra or OmegaConf in one line.
 
@@ -206,7 +254,9 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
 
 def _other_group(group: str, command: str, overrides: Sequence[str]) -> str:
     """Write the message for a group that a command does not choose from."""
-    able = [other for other in HYDRA_COMMANDS if group in _chosen_by(other)]
+    able = [
+        other for other in HYDRA_COMMANDS if any(choice[:2] == (group, group) for choice in command_file(other).choices)
+    ]
     keys = [word.lstrip("+~").partition("=") for word in overrides]
     experiment = next((f"experiment={name}" for key, _, name in keys if key == "experiment"), None)
     if experiment and group not in [key for key, _, _ in keys]:
@@ -299,25 +349,10 @@ def check_settings(config: Mapping[str, Any], command: str, words: Sequence[str]
     )
 
 
-@cache
-def _chosen_by(command: str) -> frozenset[str]:
-    """Return the groups from which a command chooses one file, as ``group=name``."""
-    entries = _yaml([conf_folder()], command).get("defaults", [])
-    return frozenset(key for entry in entries if isinstance(entry, dict) for key in entry if key in groups())
-
-
-@cache
 def settings_of(command: str) -> set[str]:
     """Return the names at the top of a command's configuration: its own, those of files it includes, and its groups."""
-    own = _yaml([conf_folder()], command)
-    names = set(own) - {"defaults", "hydra"}
-    for entry in own.get("defaults", []):
-        if isinstance(entry, str):
-            names |= set() if entry == "_self_" else set(_yaml([conf_folder()], entry)) - {"hydra"}
-        elif isinstance(entry, dict):
-            group, _, package = next(iter(entry)).partition("@")
-            names |= set() if group.startswith("override ") else {(package or group).partition(".")[0]}
-    return names
+    settings, choices = command_file(command)
+    return {str(name) for file in settings for name in file} | {choice.package.partition(".")[0] for choice in choices}
 
 
 def check_mappings(config: Mapping[str, Any], command: str) -> None:
@@ -330,18 +365,16 @@ def check_mappings(config: Mapping[str, Any], command: str) -> None:
     Raises:
         ConfigError: one has a single value.
     """
-    own = _yaml([conf_folder()], command)
-    for entry in own.get("defaults", []):
-        group, _, package = next(iter(entry)).partition("@") if isinstance(entry, dict) else ("", "", "")
-        parent, _, name = (package or group).rpartition(".")
+    settings, choices = command_file(command)
+    for group, package, _ in choices:
+        parent, _, name = package.rpartition(".")
         holder = config.get(parent) if parent else config
         value = holder.get(name) if isinstance(holder, Mapping) else None
         if value is not None and not isinstance(value, Mapping):
-            choice = f"{group}@{package}" if package else group
-            raise ConfigError(f"{package or group}={value} is no setting; the {group} is chosen as {choice}={value}")
-    included = [entry for entry in own.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
-    for node in (own, *(_yaml([conf_folder()], file) for file in included)):
-        _check_mapping({key: value for key, value in node.items() if key not in ("defaults", "hydra")}, config, "")
+            choice = group if package == group else f"{group}@{package}"
+            raise ConfigError(f"{package}={value} is no setting; the {group} is chosen as {choice}={value}")
+    for file in settings:
+        _check_mapping(file, config, "")
 
 
 def _check_mapping(own: Mapping[str, Any], config: Mapping[str, Any], path: str) -> None:

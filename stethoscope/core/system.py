@@ -12,7 +12,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -100,27 +101,26 @@ def raised_here(error: BaseException) -> bool:
     return bool(names) and str(names[-1]).partition(".")[0] == "stethoscope"
 
 
-@contextmanager
-def model_faults(failing: str, kind: type[StethoscopeError] = DataError) -> Iterator[None]:
-    """Turn errors of a model, processor, tokenizer or template into an error of one line.
+@dataclass(frozen=True)
+class ModelFaults(AbstractContextManager[None]):
+    """Turns errors of a model, processor, tokenizer or template within the block into an error of one line.
 
     Errors of this package's own code and lack of memory pass unchanged.
 
     Args:
         failing: what fails; the start of the message.
         kind: of the error to raise.
-
-    Raises:
-        StethoscopeError: of that kind.
     """
-    try:
-        yield
-    except StethoscopeError:
-        raise
-    except Exception as error:  # their code may raise anything
-        if raised_here(error) or out_of_memory(error):
-            raise
-        raise kind(f"{failing}: {describe_error(error)}") from error
+
+    failing: str
+    kind: type[StethoscopeError] = DataError
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Raise an error of ``kind`` for one that comes from foreign code, which may raise anything."""
+        if not isinstance(error, Exception) or isinstance(error, StethoscopeError):
+            return
+        if not raised_here(error) and not out_of_memory(error):
+            raise self.kind(f"{self.failing}: {describe_error(error)}") from error
 
 
 def describe_error(error: BaseException, most: int = 300) -> str:

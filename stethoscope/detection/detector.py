@@ -25,7 +25,7 @@ from stethoscope.detection.estimators import add_prefix
 from stethoscope.detection.explain import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import intercept_of_share, mixture_line, share_of_hallucinated, shrunk_line
-from stethoscope.detection.risk_control import RiskGuarantee
+from stethoscope.detection.risk_control import Certificate, RiskGuarantee
 from stethoscope.detection.shift import RunShift, ShiftMonitor
 from stethoscope.detection.table_selection import Selection, check_settings
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
@@ -69,8 +69,7 @@ class Detector:
             ``"confidence": 0.95`` and ``"per_image"``, the most mentions that an image counts with, beside it or not.
 
     Attributes:
-        threshold: probability at or above which to warn.
-        certificate: the guarantee and the images it rests on; None without a guarantee.
+        warning_threshold: where to warn, and how that was chosen.
         monitor: compares pictures and answers with those it was calibrated on (``stethoscope.detection.shift``); None
             where the folds were too small for one, and in detectors of older versions.
         notes: JSON-able facts that go into the manifest (model, task, label, split, figures).
@@ -103,7 +102,7 @@ class Detector:
         self.settings = check_settings(**given)
         self._selection = Selection(self.settings)
         self._guarantee = RiskGuarantee.parse(threshold) if isinstance(threshold, Mapping) else None
-        self.threshold, self._chosen, self.certificate = WarningThreshold()
+        self.warning_threshold = WarningThreshold()
         self.monitor: ShiftMonitor | None = None
         self.notes: dict[str, Any] = {}
         self._model: CalibratedModel | None = None
@@ -124,6 +123,20 @@ class Detector:
     def additive(self) -> bool:
         """Whether ``explain`` can split its probabilities: any but isotonic calibration."""
         return self.settings["calibration"] != "isotonic"
+
+    @property
+    def threshold(self) -> float:
+        """Probability at or above which to warn; it can be set."""
+        return self.warning_threshold.value
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self.warning_threshold = self.warning_threshold._replace(value=value)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The guarantee and the images it rests on; None without a guarantee."""
+        return self.warning_threshold.certificate
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -208,9 +221,9 @@ class Detector:
         if calibration is not None and held_out is not None:
             held_out = held_out.select(calibration["is_first_subtoken"].to_numpy(dtype=bool))
         note = ", first mentions of an object only" if self.settings["repeats"] == "first" else ""
-        guarantee, without_labels = self._guarantee, estimated is not None
-        chosen = choose_threshold(model, examples, warned, held_out, guarantee, without_labels, note)
-        self.threshold, self._chosen, self.certificate = chosen
+        self.warning_threshold = choose_threshold(
+            model, examples, warned, held_out, self._guarantee, estimated is not None, note
+        )
         self.monitor = self._fit_monitor(model, *tables)
         self._model, self._base_rate = model, base_rate
         return self
@@ -278,15 +291,16 @@ class Detector:
         new._model = replace(self.model, calibrator=calibrator, held_out_scores=None)
         new.settings = self.settings | {"calibration": "platt", "threshold": "f1"}
         new._selection = Selection(new.settings)
-        new._guarantee, new.certificate, new._base_rate = None, None, float(np.clip(share, 1e-4, 1 - 1e-4))
+        new._guarantee, new._base_rate = None, float(np.clip(share, 1e-4, 1 - 1e-4))
         images = int(rows["group"].nunique())
         how = f"{images} labelled pictures" if labelled else f"{images} pictures without labels"
         if labelled and 0 < labels.mean() < 1:
-            new.threshold, new._chosen = best_threshold(labels, new.predict(rows)), f"highest F1 on {how}"
+            new.warning_threshold = WarningThreshold(best_threshold(labels, new.predict(rows)), f"highest F1 on {how}")
         else:
-            if 0 < self.threshold < 1:  # 0 warns of everything and 1 of nothing, whatever the calibration
-                new.threshold = float(expit(line[0] * logit(self.threshold) + line[1]))
-            new._chosen = f"as before, recalibrated on {how}"
+            threshold = self.threshold
+            if 0 < threshold < 1:  # 0 warns of everything and 1 of nothing, whatever the calibration
+                threshold = float(expit(line[0] * logit(threshold) + line[1]))
+            new.warning_threshold = WarningThreshold(threshold, f"as before, recalibrated on {how}")
         new.notes = {key: value for key, value in self.notes.items() if key not in ("split", "figures")}
         new.notes["recalibrated"] = {"images": images, "mentions": len(rows), "labelled": labelled, "line": list(line)}
         if self.monitor is not None:
@@ -392,7 +406,7 @@ class Detector:
             self._inputs.objects,
             self._schema,
             self._base_rate,
-            WarningThreshold(self.threshold, self._chosen, self.certificate),
+            self.warning_threshold,
             None if self.monitor is None else self.monitor.to_dict(),
             self.notes,
         ).to_dict()
@@ -500,7 +514,7 @@ class Detector:
             detector._model = CalibratedModel.restore(model, settings["calibration"], arrays, inputs.width)
         except (ArtefactError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{folder / artifact.OBJECTS} cannot be used: {error}") from None
-        detector.threshold, detector._chosen, detector.certificate = manifest.threshold
+        detector.warning_threshold = manifest.threshold
         detector._schema, detector._inputs, detector._base_rate = manifest.schema, inputs, manifest.base_rate
         detector.notes = dict(manifest.notes)
         return detector

@@ -10,17 +10,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stethoscope.adapters.base import ForeignTokens
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.system import free_memory, out_of_memory
-from stethoscope.core.types import Answer, Sample, required
+from stethoscope.core.types import Answer, Mention, Sample, Score, required
 from stethoscope.evaluation.given_answers import read_answer
-from stethoscope.evaluation.state import SampleState
+from stethoscope.evaluation.state import describe_failure
 from stethoscope.features.registry import compute_columns, without_vectors
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import TokenRows, token_tables
@@ -28,18 +28,15 @@ from stethoscope.tasks.object_extraction import TextMention
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
     from stethoscope.evaluation.session import RunSession
     from stethoscope.mitigation.base import EditedAnswer
     from stethoscope.storage.logged_answers import LoggedAnswer
-    from stethoscope.tracing.trace import Trace
+    from stethoscope.tracing.trace import Encoded, Trace
 
 CHANGED = "changed since it was asked: "
 """Start of the reason why ``extract`` skips a sample; the names of what has changed follow, separated by commas."""
-
-MAX_FAILURES, MAX_FAILED_GROUPS = 16, 3
-"""A run in which this many samples of this many pictures have failed and none has succeeded stops, because no sample
-and no picture is to blame."""
 
 TRACE_BATCH = 8
 """Answers per traced pass: most of the speed of larger batches, at a fraction of their memory for logits."""
@@ -60,6 +57,69 @@ class Features(Protocol):
 
 class SampleChanged(DataError):
     """Raised for a recorded answer whose sample has changed since."""
+
+
+@dataclass(eq=False)
+class SampleState:
+    """A sample on its way through the pipeline."""
+
+    sample: Sample
+    encoded: Encoded | None = None
+    answer: Answer | None = None
+    score: Score | None = None
+    mentions: tuple[Mention, ...] = ()
+    rows: pa.Table | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    prompt: str = ""
+    prompt_sha256: str = ""
+    image_sha256: str = ""
+    picture: str = ""  # profile of its pixels
+    edit: Mapping[str, Any] = field(default_factory=dict)  # of the answer by a mitigation
+    error: Exception | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)  # how a given answer was read
+    recorded: Record | None = None  # of an answer that is only traced; its record survives any error
+
+    @property
+    def inputs(self) -> Encoded:
+        """The encoded prompt, which every state has that was encoded without an error."""
+        assert self.encoded is not None
+        return self.encoded
+
+    @property
+    def given_answer(self) -> Answer:
+        """The answer, which every state has that generated or reused one without an error."""
+        assert self.answer is not None
+        return self.answer
+
+    def record(self, task: str) -> Record:
+        """Build the finished record."""
+        sample, error = self.sample, self.error
+        if self.recorded is not None:
+            if error is None:
+                return replace(self.recorded, seconds=self.seconds, untraced="")
+            return replace(self.recorded, untraced=describe_failure(error))
+        status = FAILED if error is not None or self.score is None else self.score.status
+        return Record(
+            task=task,
+            sample_id=sample.id,
+            group=sample.group,
+            subset=sample.subset,
+            image=sample.image.name,
+            question=sample.question,
+            reference=sample.reference,
+            prompt=self.prompt,
+            status=status,
+            error="" if error is None else describe_failure(error),
+            answer=self.answer,
+            score=self.score if status != FAILED else None,
+            mentions=self.mentions,
+            prompt_sha256=self.prompt_sha256,
+            image_sha256=self.image_sha256,
+            given=self.given,
+            edit=self.edit,
+            seconds=self.seconds,
+            asks=sample.asks,
+        )
 
 
 class SamplePipeline:
@@ -98,7 +158,7 @@ class SamplePipeline:
                     self._score(state)
                 to_trace = [state for state in chunk if state.error is None and self.wants_rows(state)]
                 _release_cache([state for state in chunk if state not in to_trace])
-                self._featurize(to_trace, self._trace(to_trace))
+                self._featurize(to_trace, self._in_batches(to_trace, "trace", self._trace_batch))
                 for state in chunk:
                     state.encoded = None
                 finished += chunk
@@ -214,8 +274,8 @@ class SamplePipeline:
                     state.answer, state.edit = edited
 
     def _edit_batch(self, states: Sequence[SampleState]) -> Sequence[EditedAnswer]:
-        answers = [state.given_answer for state in states]
-        return required(self._editor)([state.sample for state in states], [state.inputs for state in states], answers)
+        prompts, answers = [state.inputs for state in states], [state.given_answer for state in states]
+        return required(self._editor)([state.sample for state in states], prompts, answers)
 
     def _in_batches(
         self, states: Sequence[SampleState], stage: str, call: Callable[[Sequence[SampleState]], Sequence[Result]]
@@ -277,15 +337,10 @@ class SamplePipeline:
         if state.error is not None or state.answer is None or state.score is not None:
             return
         with self._stage(state, "score"):
-            score = self.run.task.score_answer(state.sample, state.answer)
+            score, mentions = self.run.task.evaluate_answer(state.sample, state.answer)
             if score.status not in (OK, UNPARSED):
                 raise ValueError(f"{self.run.task.name}.score gave status {score.status!r}, not {OK!r} or {UNPARSED!r}")
-            state.mentions = self.run.task.label_mentions(state.sample, state.answer)
-            state.score = score
-
-    def _trace(self, states: Sequence[SampleState]) -> list[Trace | None]:
-        """Trace answers; None for those that cannot be traced."""
-        return self._in_batches(states, "trace", self._trace_batch)
+            state.score, state.mentions = score, mentions
 
     def _trace_batch(self, states: Sequence[SampleState]) -> Sequence[Trace]:
         from stethoscope.tracing.mention_passes import Resampling, trace_answers  # torch, which scoring texts needs not
@@ -303,7 +358,7 @@ class SamplePipeline:
         return {mention.object for mention in self.run.task.label_mentions(sample, answer)}
 
     def _featurize(self, states: Sequence[SampleState], traces: Sequence[Trace | None]) -> None:
-        """Compute the token rows of traced answers."""
+        """Compute the token rows of traced answers; the trace is None for those that could not be traced."""
         traced = {id(state): trace for state, trace in zip(states, traces, strict=True) if trace is not None}
         states, task = [state for state in states if id(state) in traced], self.run.task
         for state in states:
@@ -315,9 +370,10 @@ class SamplePipeline:
         rows: list[tuple[SampleState, TokenRows]] = []
         for state, columns in zip(states, self._in_batches(states, "trace", compute), strict=True):
             if columns is not None:
-                answer, mentions = state.given_answer, state.mentions
-                values = without_vectors(columns, [mention is not None for mention in answer.owners(mentions)])
-                rows.append((state, TokenRows(state.sample, answer, mentions, values, state.prompt, state.picture)))
+                owners = state.given_answer.owners(state.mentions)
+                values = without_vectors(columns, [mention is not None for mention in owners])
+                answered = TokenRows(state.sample, state.given_answer, owners, values, state.prompt, state.picture)
+                rows.append((state, answered))
         if rows:
             tables = token_tables(task.name, [item for _, item in rows], task.version)
             for (state, _), table in zip(rows, tables, strict=True):
@@ -358,13 +414,7 @@ class SamplePipeline:
 
     def _stop_if_all_failed(self, states: Sequence[SampleState]) -> None:
         """Raise the error of a run in which every sample has failed."""
-        if self.run.failed < self.run.done:
-            return
-        # the few samples of one of several ranks prove little when they fail; ``RunSession.finish`` sees all of them
-        enough = MAX_FAILURES if self.run.distributed.is_distributed else min(MAX_FAILURES, self.run.total)
-        groups = {sample.group for sample in self.run.samples}
-        failed = {outcome.group for outcome in self.run.outcomes.values()}
-        if self.run.done < enough or len(failed) < min(MAX_FAILED_GROUPS, len(groups)):
+        if not self.run.is_broken:
             return
         sample, error = next((state.sample, state.error) for state in states if state.error is not None)
         if isinstance(error, SampleChanged):  # nothing is wrong with the model, and all are to be counted

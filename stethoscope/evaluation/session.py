@@ -16,7 +16,6 @@ from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.system import disk_faults
 from stethoscope.core.types import Sample, required
-from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.distributed import PeerFailed, current_state
 from stethoscope.evaluation.given_answers import summarise
 from stethoscope.evaluation.joined_answers import JoinedAnswers
@@ -71,7 +70,9 @@ class RunSession:
                 what = kind.__name__
                 raise ConfigError(f"{what.lower()}={given!r} should be an object of class {what}, such as {example}")
         self.evaluator = evaluator
-        self.run = RunState(adapter, task, evaluator.loggers if current_state().is_main_process else Loggers())
+        is_main = current_state().is_main_process
+        self.run = RunState(adapter, task, evaluator.loggers if is_main else Loggers())
+        self._callbacks = [callback for callback in evaluator.callbacks if is_main or not callback.first_only]
         self.generation = evaluator.generation
         self._lock = None if evaluator.run_dir is None else RunLock(evaluator.run_dir, self.run.distributed.rank)
         self._selected: tuple[Sample, ...] = ()
@@ -185,8 +186,8 @@ class RunSession:
         return results
 
     def call(self, hook: str, *arguments: Any) -> None:
-        """Call a hook of all callbacks of this process."""
-        for callback in self._called():
+        """Call a hook of all callbacks of this rank."""
+        for callback in self._callbacks:
             getattr(callback, hook)(self.run, *arguments)
 
     def remaining(self, pipeline: SamplePipeline) -> list[Sample]:
@@ -376,15 +377,10 @@ class RunSession:
                 store.set_status(self.run.task.name, status)
 
         steps: list[Callable[[], None]] = [mark]
-        steps += [partial(callback.on_exception, self.run, error) for callback in self._called()]
+        steps += [partial(callback.on_exception, self.run, error) for callback in self._callbacks]
         for step in steps:
             try:
                 step()
             except Exception as second:
                 warnings.warn(f"while ending the run: {describe_failure(second)}", stacklevel=2)
         self.run.loggers.finalize(status)
-
-    def _called(self) -> Iterator[Callback]:
-        """Return the callbacks of this rank."""
-        is_main = self.run.distributed.is_main_process
-        return (callback for callback in self.evaluator.callbacks if is_main or not callback.first_only)

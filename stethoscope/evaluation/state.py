@@ -1,15 +1,15 @@
-"""Hold the state of an evaluation in progress: of the run, and of a sample on its way through the pipeline."""
+"""Hold the state of an evaluation in progress, and describe failures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.errors import StethoscopeError
 from stethoscope.core.text import redact_text
-from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.core.types import Sample
 from stethoscope.evaluation.distributed import DistributedState, current_state
 from stethoscope.evaluation.given_answers import count_given
 from stethoscope.evaluation.joined_answers import JoinedAnswers
@@ -19,9 +19,12 @@ from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.base import Task
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
-    from stethoscope.tracing.trace import Encoded
+
+MAX_FAILURES, MAX_FAILED_GROUPS = 16, 3
+"""A run in which this many samples of this many pictures have failed and none has succeeded stops, because no sample
+and no picture is to blame."""
 
 
 class Outcome(NamedTuple):
@@ -83,6 +86,17 @@ class RunState:
         """Number of samples done, failed ones included."""
         return len(self.outcomes)
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether all samples have failed, so many and of so many pictures that the model or the setup is to blame."""
+        if self.failed < self.done:
+            return False
+        # the few samples of one of several ranks prove little when they fail; ``RunSession.finish`` sees all of them
+        enough = MAX_FAILURES if self.distributed.is_distributed else min(MAX_FAILURES, self.total)
+        groups = {sample.group for sample in self.samples}
+        failed = {outcome.group for outcome in self.outcomes.values()}
+        return self.done >= enough and len(failed) >= min(MAX_FAILED_GROUPS, len(groups))
+
     def record(self, record: Record) -> None:
         """Count a sample as done."""
         self.outcomes[record.sample_id] = Outcome.of(record)
@@ -96,69 +110,6 @@ class RunState:
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics under the name of the task."""
         self.loggers.log_metrics({f"{self.task.name}/{name}": value for name, value in metrics.items()}, step)
-
-
-@dataclass(eq=False)
-class SampleState:
-    """A sample on its way through the pipeline."""
-
-    sample: Sample
-    encoded: Encoded | None = None
-    answer: Answer | None = None
-    score: Score | None = None
-    mentions: tuple[Mention, ...] = ()
-    rows: pa.Table | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    prompt: str = ""
-    prompt_sha256: str = ""
-    image_sha256: str = ""
-    picture: str = ""  # profile of its pixels
-    edit: Mapping[str, Any] = field(default_factory=dict)  # of the answer by a mitigation
-    error: Exception | None = None
-    given: Mapping[str, Any] = field(default_factory=dict)  # how a given answer was read
-    recorded: Record | None = None  # of an answer that is only traced; its record survives any error
-
-    @property
-    def inputs(self) -> Encoded:
-        """The encoded prompt, which every state has that was encoded without an error."""
-        assert self.encoded is not None
-        return self.encoded
-
-    @property
-    def given_answer(self) -> Answer:
-        """The answer, which every state has that generated or reused one without an error."""
-        assert self.answer is not None
-        return self.answer
-
-    def record(self, task: str) -> Record:
-        """Build the finished record."""
-        sample, error = self.sample, self.error
-        if self.recorded is not None:
-            if error is None:
-                return replace(self.recorded, seconds=self.seconds, untraced="")
-            return replace(self.recorded, untraced=describe_failure(error))
-        status = FAILED if error is not None or self.score is None else self.score.status
-        return Record(
-            task=task,
-            sample_id=sample.id,
-            group=sample.group,
-            subset=sample.subset,
-            image=sample.image.name,
-            question=sample.question,
-            reference=sample.reference,
-            prompt=self.prompt,
-            status=status,
-            error="" if error is None else describe_failure(error),
-            answer=self.answer,
-            score=self.score if status != FAILED else None,
-            mentions=self.mentions,
-            prompt_sha256=self.prompt_sha256,
-            image_sha256=self.image_sha256,
-            given=self.given,
-            edit=self.edit,
-            seconds=self.seconds,
-            asks=sample.asks,
-        )
 
 
 def describe_failure(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 
 from stethoscope.features import (  # the order of the registry  # isort: skip
-    uncertainty as _uncertainty,  # noqa: F401
+    distributions as _distributions,  # noqa: F401
     position as _position,  # noqa: F401
     attention as _attention,  # noqa: F401
     hidden_states as _hidden_states,  # noqa: F401

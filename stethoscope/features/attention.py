@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stethoscope.core.errors import CapabilityError
-from stethoscope.features.common import cached_on_trace, normalised_entropy
+from stethoscope.features.distributions import cached_on_trace, normalised_entropy
 from stethoscope.features.registry import feature
 from stethoscope.tracing.trace import SEGMENTS, Spans, Trace
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Rows = TypeVar("Rows", "Tensor", "np.ndarray[Any, Any]")
 
 
 def _mass(trace: Trace, segment: str) -> Tensor:
@@ -78,7 +76,8 @@ def svar(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return _mass(trace, "image")[:, middle(trace.require("mass").shape[1])].sum(-1)
+    image = _mass(trace, "image")
+    return image[:, middle(image.shape[1])].sum(-1)
 
 
 @feature("attention", higher_means="depends", requires=["attention"], by_row=True)
@@ -90,13 +89,6 @@ def attn_entropy(trace: Trace) -> Tensor:
     return normalised_entropy(trace.require("image_attention"))
 
 
-def select_rows(part: Rows, trace: Trace, offset: int) -> Rows:
-    """Select the predicting (``offset`` 0) or the consuming rows (1) of (T + 1, ...) rows: (T, ...)."""
-    if not trace.counts:
-        return part[offset : offset + len(trace.answer.token_ids)]
-    return part[trace.positions + trace.starts + offset]
-
-
 @feature("heads", higher_means="grounded", requires=["heads"], rows="both", by_row=True)
 def head_image(trace: Trace, offset: int) -> Tensor:
     """Attention mass on the image tokens in [0, 1], by head: input of VAR's classifier.
@@ -105,7 +97,7 @@ def head_image(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    return select_rows(trace.require("heads").mass, trace, offset)[..., SEGMENTS.index("image")]
+    return trace.select_rows(trace.require("heads").mass, offset)[..., SEGMENTS.index("image")]
 
 
 @feature("heads", higher_means="depends", requires=["heads"], rows="both", by_row=True)
@@ -116,7 +108,7 @@ def top20_mean(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(trace.require("heads").top, trace, offset)[..., 0]
+    return trace.select_rows(trace.require("heads").top, offset)[..., 0]
 
 
 @feature("heads", higher_means="depends", requires=["heads"], rows="both", by_row=True)
@@ -127,14 +119,14 @@ def top20_entropy(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(trace.require("heads").top, trace, offset)[..., 1]
+    return trace.select_rows(trace.require("heads").top, offset)[..., 1]
 
 
 def _lookback(trace: Trace, offset: int, context: tuple[str, ...]) -> Tensor:
     """Compute the lookback ratio of a context to context and earlier answer, (T, L, H) in [0, 1]."""
     spans = {"image": trace.spans.image, "question": trace.spans.question}
     size = sum(len(spans[name]) for name in context)
-    mass = select_rows(trace.require("heads").mass, trace, offset)
+    mass = trace.select_rows(trace.require("heads").mass, offset)
     to_context = mass[..., [SEGMENTS.index(name) for name in context]].sum(-1) / max(size, 1)
     earlier = mass.new_tensor(trace.positions + offset)[:, None, None]
     to_answer = mass[..., SEGMENTS.index("previous")] / earlier.clamp(min=1) * (earlier > 0)
@@ -184,7 +176,7 @@ def svar_c(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    image = select_rows(trace.require("heads").mass, trace, 1)[..., SEGMENTS.index("image")].mean(-1)
+    image = trace.select_rows(trace.require("heads").mass, 1)[..., SEGMENTS.index("image")].mean(-1)
     return image[:, middle(image.shape[1])].sum(-1)
 
 
@@ -196,7 +188,7 @@ def pas(trace: Trace, offset: int) -> Tensor:
 
     Higher means hallucinated.
     """
-    return select_rows(trace.require("heads").mass, trace, offset)[:, 0, :, SEGMENTS.index("previous")].mean(-1)
+    return trace.select_rows(trace.require("heads").mass, offset)[:, 0, :, SEGMENTS.index("previous")].mean(-1)
 
 
 @feature("maps", higher_means="depends", requires=["heads"], rows="both", by_row=True)
@@ -207,7 +199,7 @@ def attention_drift(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    image = select_rows(trace.require("heads").image, trace, offset)
+    image = trace.select_rows(trace.require("heads").image, offset)
     share = (image / image.sum(-1, keepdim=True).clamp(min=1e-12)).clamp(min=1e-12)
     return (share[:, 1:] * (share[:, 1:] / share[:, :-1]).log()).sum(-1)
 
@@ -218,7 +210,7 @@ def attention_peak(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(trace.require("heads").peak, trace, offset).mean(-1)
+    return trace.select_rows(trace.require("heads").peak, offset).mean(-1)
 
 
 @cached_on_trace
@@ -244,7 +236,7 @@ def overtrust(trace: Trace, offset: int) -> np.ndarray:
 
     Higher means hallucinated.
     """
-    return select_rows(_overtrust(trace)[0], trace, offset)
+    return trace.select_rows(_overtrust(trace)[0], offset)
 
 
 @feature("maps", higher_means="depends", requires=["heads"], rows="both")
@@ -253,7 +245,7 @@ def overtrust_column(trace: Trace, offset: int) -> np.ndarray:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(_overtrust(trace)[1], trace, offset)
+    return trace.select_rows(_overtrust(trace)[1], offset)
 
 
 # --- attention sinks among the image tokens -------------------------------------------------------------------------
@@ -265,7 +257,7 @@ def sink_share(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    image = select_rows(trace.require("heads").image, trace, offset)
+    image = trace.select_rows(trace.require("heads").image, offset)
     return (image * trace.require("states").sinks).sum(-1) / image.sum(-1).clamp(min=1e-12)
 
 
@@ -278,8 +270,8 @@ def image_without_sinks(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    image, sink = select_rows(trace.require("heads").image, trace, offset), trace.require("states").sinks
-    first = select_rows(trace.require("heads").mass, trace, offset)[..., SEGMENTS.index("first")].mean(-1)
+    image, sink = trace.select_rows(trace.require("heads").image, offset), trace.require("states").sinks
+    first = trace.select_rows(trace.require("heads").mass, offset)[..., SEGMENTS.index("first")].mean(-1)
     remaining = 1 - first - (image * sink).sum(-1)
     return (image * ~sink).sum(-1) / remaining.clamp(min=1e-6)
 
@@ -382,7 +374,7 @@ def dispersion_score(trace: Trace, offset: int) -> np.ndarray:
 
     Higher means hallucinated.
     """
-    return select_rows(_dispersion(trace), trace, offset)[..., 0]
+    return trace.select_rows(_dispersion(trace), offset)[..., 0]
 
 
 @feature("grid", higher_means="depends", requires=["heads"], rows="both", by_row=True)
@@ -391,7 +383,7 @@ def components(trace: Trace, offset: int) -> np.ndarray:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(_dispersion(trace), trace, offset)[..., 1]
+    return trace.select_rows(_dispersion(trace), offset)[..., 1]
 
 
 @feature("grid", higher_means="grounded", requires=["heads"], rows="both", by_row=True)
@@ -402,4 +394,4 @@ def component_mass(trace: Trace, offset: int) -> np.ndarray:
 
     Lower means hallucinated.
     """
-    return select_rows(_dispersion(trace), trace, offset)[..., 2]
+    return trace.select_rows(_dispersion(trace), offset)[..., 2]

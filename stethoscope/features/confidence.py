@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from stethoscope.core.types import required
-from stethoscope.features.common import cached_on_trace, largest_logprobs, logprobs, token_logprob
+from stethoscope.features.distributions import cached_on_trace, largest_logprobs, logprobs, token_logprob
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:

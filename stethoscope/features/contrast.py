@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from stethoscope.features.common import (
+from stethoscope.features.distributions import (
     cached_on_trace,
     entropy_of,
     logprobs,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stethoscope.features.attention import select_rows
-from stethoscope.features.common import cached_on_trace
+from stethoscope.features.distributions import cached_on_trace
 from stethoscope.features.registry import feature
 from stethoscope.tracing.trace import Trace, of_depth
 
@@ -50,7 +49,7 @@ def _cosines(trace: Trace, layer: int, part: str, other_layer: int) -> Tensor:
 
 def _token(trace: Trace, offset: int, layer: int) -> Tensor:
     """Return the (T, D) states of the tokens' rows, at the depth of a layer of 32."""
-    return select_rows(trace.require("states").token[of_depth(layer, _depth(trace))], trace, offset)
+    return trace.select_rows(trace.require("states").token[of_depth(layer, _depth(trace))], offset)
 
 
 def _depth(trace: Trace) -> int:
@@ -69,7 +68,7 @@ def patch_consistency(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    return select_rows(trace.require("states").patch_top, trace, offset)
+    return trace.select_rows(trace.require("states").patch_top, offset)
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -81,7 +80,7 @@ def contextual_lens(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    return select_rows(trace.require("states").patch_peak, trace, offset)
+    return trace.select_rows(trace.require("states").patch_peak, offset)
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -93,7 +92,7 @@ def glsim_global(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    return select_rows(_cosines(trace, 31, "prompt_end", 32), trace, offset)[:, 0]
+    return trace.select_rows(_cosines(trace, 31, "prompt_end", 32), offset)[:, 0]
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -108,7 +107,7 @@ def glsim_local(trace: Trace, offset: int) -> Tensor:
     """
     probability = trace.require("states").image_probability
     top = probability.topk(_count(GLSIM_TOP, probability.shape[-1], GLSIM_FEWEST), dim=-1).indices
-    return select_rows(_cosines(trace, 31, "image", 32), trace, offset).gather(-1, top).mean(-1)
+    return trace.select_rows(_cosines(trace, 31, "image", 32), offset).gather(-1, top).mean(-1)
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -147,7 +146,7 @@ def inslen_local(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    cosines = select_rows(_cosines(trace, 32, "image", 24), trace, offset)
+    cosines = trace.select_rows(_cosines(trace, 32, "image", 24), offset)
     return cafe(trace) * cosines.topk(_count(INSLEN_TOP, cosines.shape[-1]), dim=-1).values.mean(-1)
 
 
@@ -191,7 +190,7 @@ def visual_evidence(trace: Trace, offset: int) -> Tensor:
     Lower means hallucinated.
     """
     gate = (trace.require("states").image_probability.sum(-1) / (VISER_TEMPERATURE + EPSILON)).sigmoid()
-    return select_rows(_cosines(trace, 32, "prompt_end", 32), trace, offset)[:, 0] * gate
+    return trace.select_rows(_cosines(trace, 32, "prompt_end", 32), offset)[:, 0] * gate
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -206,8 +205,8 @@ def visual_ratio(trace: Trace, offset: int) -> Tensor:
     """
     states = trace.require("states")
     weights = states.image_probability / states.image_probability.sum(-1, keepdim=True).clamp(min=1e-30)
-    image = (weights * select_rows(_cosines(trace, 32, "image", 32), trace, offset).clamp(min=0)).sum(-1)
-    near = select_rows(_cosines(trace, 32, "prefix", 0), trace, offset).clamp(min=0)
+    image = (weights * trace.select_rows(_cosines(trace, 32, "image", 32), offset).clamp(min=0)).sum(-1)
+    near = trace.select_rows(_cosines(trace, 32, "prefix", 0), offset).clamp(min=0)
     question = states.prefix.shape[0] - len(near)
     near = near.tril(question - 1)  # only text before the token; the zeros add nothing to the sum
     top = near.topk(min(VISER_TOP, near.shape[-1]), dim=-1).values.sum(-1)
@@ -264,7 +263,7 @@ def hidden_middle(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(trace.require("hidden"), trace, offset)[:, 0]
+    return trace.require_rows("hidden", offset)[:, 0]
 
 
 @feature("hidden", higher_means="depends", requires=["hidden"], vector=True, rows="both", by_row=True)
@@ -273,7 +272,7 @@ def hidden_last(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(trace.require("hidden"), trace, offset)[:, 1]
+    return trace.require_rows("hidden", offset)[:, 1]
 
 
 @feature("lens", higher_means="depends", requires=["lens"], by_row=True)

@@ -42,12 +42,10 @@ def _key(trace: Trace) -> Hashable:
 
 
 def join(traces: Sequence[Trace]) -> Trace:
-    """Join the traces of several answers into one, whose rows follow one another.
+    """Join the traces of two answers or more into one, whose rows follow one another.
 
     It has the parts that features with ``by_row`` read: no ``states``, and no ``response`` of ``heads``.
     """
-    if len(traces) == 1:
-        return traces[0]
     import torch  # listing features needs none
 
     ids = [token for trace in traces for token in trace.answer.token_ids]
@@ -66,8 +64,6 @@ def join(traces: Sequence[Trace]) -> Trace:
 
 def share_cache(joined: Trace, traces: Sequence[Trace]) -> None:
     """Hand what has been computed for every token of a joined trace to the traces of the answers."""
-    if joined is traces[0]:
-        return
     counts, total = list(joined.counts), sum(joined.counts)
     for key, value in joined.cache.items():
         if hasattr(value, "split") and len(value) == total:

@@ -313,9 +313,10 @@ class FeatureSet:
         return [columns[index] for index in range(len(traces))]
 
     def _compute_together(self, traces: Sequence[Trace]) -> list[TokenColumns]:
-        joined = join(traces)
+        joined = traces[0] if len(traces) == 1 else join(traces)
         by_name = {item.name: item.compute(joined) for item in self.features if item.by_row}
-        share_cache(joined, traces)
+        if len(traces) > 1:
+            share_cache(joined, traces)
         for item in self.features:
             if not item.by_row:
                 parts = [item.compute(trace) for trace in traces]

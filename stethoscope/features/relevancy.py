@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from stethoscope.features.common import cached_on_trace, normalised_entropy
+from stethoscope.features.distributions import cached_on_trace, normalised_entropy
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:

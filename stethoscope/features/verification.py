@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stethoscope.features.common import token_logprob
+from stethoscope.features.distributions import token_logprob
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:

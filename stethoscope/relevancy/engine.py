@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
 from stethoscope.core.types import Answer
+from stethoscope.relevancy.attention_backward import default_budget
 from stethoscope.relevancy.backward_pass import BackwardPass
-from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, default_budget
+from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
 from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout
 from stethoscope.relevancy.rules import RULES
 from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass, shares_passes
@@ -171,7 +172,7 @@ def _relevancy(
     chosen = _chosen(tokens, layout)
     keep_graphs = scope == "row" and not recompute
     live = layout.first + 1 if scope == "row" else None
-    recorder = AttentionGradRecorder(live, budget, keep_graphs, layout.first)
+    recorder = AttentionGradRecorder(live, keep_graphs, layout.first)
     with (
         record(model, recorder),
         capture_inputs(model, "encoder" if layout.encoder_decoder else "language") as captured,
@@ -180,10 +181,9 @@ def _relevancy(
         logits = answer_logits(model, inputs, layout)
     kind = _kind(model, recorder, layout)
     sample, alignment = _sample_and_alignment(model, inputs, layout, kind)
-    if scope == "row":
-        groups = [chosen]
-    else:
-        budget = default_budget(logits.device) if budget is None else budget
+    budget = default_budget(logits.device) if budget is None else budget
+    groups = [chosen]
+    if scope == "token":
         groups = _token_groups(chosen, budget // 2 // recorder.checkpointer.gradient_bytes())
     results: list[dict[str, Tensor]] = []
     for index, group in enumerate(groups):
@@ -193,7 +193,7 @@ def _relevancy(
         end = max(group) + 1
         roots = [_sum_logits(logits, layout, end)] if scope == "row" else [logits[0, token] for token in group]
         receivers = [backward_pass.receive for backward_pass in passes]
-        recorder.backward(model, roots, receivers, layout.first + end, last=index + 1 == len(groups))
+        recorder.backward(model, roots, receivers, layout.first + end, budget, last=index + 1 == len(groups))
         results += [backward_pass.result() for backward_pass in passes]
     embeds = captured[0][:, layout.image.to(captured[0].device)]
     return _results(model, sample, layout, kind, chosen, alignment, results, embeds)

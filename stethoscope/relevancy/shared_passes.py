@@ -14,7 +14,7 @@ reach them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
@@ -25,11 +25,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from stethoscope.core.errors import DataError
-from stethoscope.relevancy.attention_backward import Receiver
-from stethoscope.relevancy.checkpointing import PrefixCache
-from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, PromptGradRecorder, Seeds
+from stethoscope.relevancy.attention_backward import Receiver, default_budget
+from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, Seeds
 from stethoscope.tracing.hooks import AttentionRecorder, record
-from stethoscope.tracing.model_parts import capture_inputs, route_model
+from stethoscope.tracing.model_parts import Site, capture_inputs, route_model
 from stethoscope.tracing.trace import CAUSAL
 
 _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
@@ -37,6 +36,47 @@ _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids
 
 class _PromptRead(Exception):
     """Ends a prompt's pass after the last layer."""
+
+
+class _KeysReached(Exception):
+    """Ends the last layer of a prompt's pass at its keys and values."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys_and_values = keys, values
+
+
+class PromptGradRecorder(AttentionGradRecorder):
+    """Records the pass over prompts, which ends at the keys and values of the last layer.
+
+    Args:
+        keep_graphs: see ``AttentionGradRecorder``.
+
+    Attributes:
+        keys_and_values: by name of the attention module, detached; empty when no pass needs them any more.
+    """
+
+    def __init__(self, keep_graphs: bool) -> None:
+        super().__init__(None, keep_graphs, salient=None)
+        self.keys_and_values: dict[str, KeysAndValues] = {}
+        self._ends_at_keys = False
+
+    def on_keys(self, site: Site, key: Tensor, value: Tensor) -> None:
+        """Store keys and values of a layer, and end the pass with those of the last."""
+        if site.name in self.keys_and_values:
+            return
+        self.keys_and_values[site.name] = key.detach(), value.detach()
+        if self._ends_at_keys:
+            self.layers.setdefault(site.role, []).append(site.name)
+            raise _KeysReached(key, value)
+
+    def run_to_keys(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> KeysAndValues:
+        """Run the last layer up to its keys and values."""
+        self._ends_at_keys = True
+        try:
+            function(*arguments, **options)
+        except _KeysReached as reached:
+            return reached.keys_and_values
+        raise DataError("the last layer of the language model has no attention")
 
 
 class PromptPass:
@@ -80,7 +120,7 @@ class PromptPass:
             ids = self.inputs["input_ids"]
             self.length, self.image = ids.shape[1], _image_positions(model, ids)
             read = {name: value[:, :-1] if value.shape == ids.shape else value for name, value in self.inputs.items()}
-            self.recorder = PromptGradRecorder(budget, not recompute)
+            self.recorder = PromptGradRecorder(not recompute)
             self._last: KeysAndValues
             with (
                 record(model, self.recorder),
@@ -103,17 +143,18 @@ class PromptPass:
             self.hidden.append(output[0] if isinstance(output, tuple) else output)
         raise _PromptRead
 
-    def backward(self, seeds: Mapping[str, Seeds], receive: Receiver) -> None:
+    def backward(self, seeds: Mapping[str, Seeds], receive: Receiver, budget: int) -> None:
         """Back-propagate gradients of the keys and values, handing every block of attention to ``receive``.
 
         Args:
             seeds: the gradients by name of the attention module.
             receive: see ``attention_backward.Receiver``.
+            budget: bytes that maps may take at once.
         """
         self.recorder.seeds = seeds
         gradients = seeds[self.recorder.layers["language"][-1]]
         root = torch.stack([seed.product(part) for part, seed in zip(self._last, gradients, strict=True)]).sum()
-        self.recorder.backward(self.model, [root], [receive], self.length - 1, last=True)
+        self.recorder.backward(self.model, [root], [receive], self.length - 1, budget, last=True)
 
     def release_cache(self) -> None:
         """Drop keys and values, which only passes behind the prompt need."""
@@ -136,7 +177,7 @@ class AnswerPass:
     def __init__(self, prompt: PromptPass, observer: AttentionRecorder | None = None) -> None:
         self.prompt, self._observer = prompt, observer
         prefixes = prompt.recorder.keys_and_values
-        self._recorder = AttentionGradRecorder(1, prompt.budget, not prompt.recompute, 0, prefixes, observer)
+        self._recorder = AttentionGradRecorder(1, not prompt.recompute, 0, prefixes, observer)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -174,13 +215,36 @@ class AnswerPass:
             receive: see ``attention_backward.Receiver``.
         """
         self.prompt.spent = True
+        budget = default_budget(root.device) if self.prompt.budget is None else self.prompt.budget
         with torch.inference_mode(False), torch.enable_grad():
-            self._recorder.backward(self.prompt.model, [root], [receive], rows, last=True)
+            self._recorder.backward(self.prompt.model, [root], [receive], rows, budget, last=True)
             seeds = self._recorder.prefix_gradients
             del self._recorder
             self.prompt.release_cache()
-            self.prompt.backward(seeds, receive)
+            self.prompt.backward(seeds, receive, budget)
         self.prompt.release()
+
+
+class PrefixCache(DynamicCache):
+    """KV cache of the tokens before a pass. It does not grow, so layers may run again.
+
+    Args:
+        layers: by layer, keys and values (B, key-value heads, prefix, d).
+    """
+
+    def __init__(self, layers: Iterable[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self._prefix = [(keys, values) for keys, values in layers]
+        for index, (keys, values) in enumerate(self._prefix):
+            super().update(keys[:, :, :0], values[:, :, :0], index)
+            self.layers[index].keys, self.layers[index].values = keys, values  # an update would copy them
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the prefix followed by those given, and store nothing."""
+        keys, values = self._prefix[layer_idx]
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 def continues(model: PreTrainedModel) -> bool:

@@ -47,7 +47,8 @@ def write_every_eval_ever(run: RunExport, folder: Path) -> list[Path]:
     files = []
     for results in run.tasks:
         model, name = run.model(results.task), run.identifier(results.task, "every_eval_ever")
-        parts = ("data", *map(path_part, (results.task, model.owner, model.name)))
+        named = [path_part(label) for label in (results.task, model.owner, model.name)]
+        parts = ["data", *(f"{part}_" if part == "data" else part for part in named)]  # the store begins with the one
         inside = "/".join(parts)
         target = folder.joinpath(*parts)
         target.mkdir(parents=True, exist_ok=True)

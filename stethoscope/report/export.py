@@ -346,8 +346,7 @@ def path_part(name: str) -> str:
     >>> path_part("pope"), path_part("../../etc/x y")
     ('pope', 'etc_x_y')
     """
-    plain = re.sub(r"[^\w.+-]+", "_", name).strip(". _") or "unknown"
-    return f"{plain}_" if plain == "data" else plain  # the data store of Every Eval Ever begins with that folder
+    return re.sub(r"[^\w.+-]+", "_", name).strip(". _") or "unknown"
 
 
 def dumps(value: Any, indent: int | None = None) -> str:

@@ -56,7 +56,7 @@ class TokenRows(NamedTuple):
 
     sample: Sample
     answer: Answer
-    mentions: Sequence[Mention]
+    owners: Sequence[Mention | None]  # the mention that each token belongs to
     features: Mapping[str, np.ndarray]
     prompt: str = ""
     picture: str = ""
@@ -89,7 +89,8 @@ def token_table(
     Returns:
         T rows.
     """
-    return unpacked(token_tables(task, [TokenRows(sample, answer, mentions, features, prompt, picture)], version)[0])
+    rows = TokenRows(sample, answer, answer.owners(mentions), features, prompt, picture)
+    return unpacked(token_tables(task, [rows], version)[0])
 
 
 def token_tables(task: str, answers: Sequence[TokenRows], version: str = "") -> list[pa.Table]:
@@ -102,13 +103,13 @@ def token_tables(task: str, answers: Sequence[TokenRows], version: str = "") -> 
         answers: with their samples, mentions and features.
         version: of the task.
     """
-    if len({tuple(item.features) for item in answers}) > 1:
+    features = [TokenColumns.of(item.features) for item in answers]
+    if len({part.names for part in features}) > 1:
         return [token_tables(task, [item], version)[0] for item in answers]
     columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
     for item in answers:
         for name, values in _keys(task, item, version).items():
             columns[name] += values
-    features = [TokenColumns.of(item.features) for item in answers]
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
     schema = _packed_schema(features[0].names)
     if features[0].names:
@@ -152,8 +153,8 @@ def _unpacked_schema(schema: pa.Schema) -> pa.Schema:
 def _keys(task: str, item: TokenRows, version: str) -> dict[str, list[Any]]:
     """Return the values of the key columns by name."""
     sample, answer = item.sample, item.answer
-    count, owner = len(answer.token_ids), answer.owners(item.mentions)
-    first = [mention is not None and mention not in owner[:index] for index, mention in enumerate(owner)]
+    count, owners = len(answer.token_ids), item.owners
+    first = [mention is not None and mention not in owners[:index] for index, mention in enumerate(owners)]
     return {
         "task": [task] * count,
         "subset": [sample.subset] * count,
@@ -164,10 +165,10 @@ def _keys(task: str, item: TokenRows, version: str) -> dict[str, list[Any]]:
         "text": list(answer.tokens),
         "start": [start for start, _ in answer.offsets],
         "end": [end for _, end in answer.offsets],
-        "label": [mention.label if mention else -1 for mention in owner],
-        "object": [mention.object if mention else "" for mention in owner],
-        "mention_index": [mention.mention_index if mention else -1 for mention in owner],
-        "repeat_index": [mention.repeat_index if mention else -1 for mention in owner],
+        "label": [mention.label if mention else -1 for mention in owners],
+        "object": [mention.object if mention else "" for mention in owners],
+        "mention_index": [mention.mention_index if mention else -1 for mention in owners],
+        "repeat_index": [mention.repeat_index if mention else -1 for mention in owners],
         "is_first_subtoken": first,
         "prompt_hash": [hashlib.sha256(item.prompt.encode()).hexdigest()[:16]] * count,
         "labeller": [f"{task}/{version}"] * count,

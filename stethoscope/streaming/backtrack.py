@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.core.system import model_faults
+from stethoscope.core.system import ModelFaults
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis.answer_verdicts import compute_columns, extract_mentions, feature_set, token_rows
 from stethoscope.mitigation.base import DetectorMitigation, EditedAnswer, check_no_beams, check_range
@@ -118,7 +118,7 @@ class Backtrack(DetectorMitigation):
                 extraction = as_extraction(None if extractors is None else extractors[index])
                 prompt = encoded[index]
                 streamers.append(make_streamer(adapter, prompt, self, detector, generation, extraction, WHEN_NEEDED))
-            with model_faults(f"{adapter.name} fails to answer"):
+            with ModelFaults(f"{adapter.name} fails to answer"):
                 for _ in decode_answers(streamers):
                     pass
             for index, streamer in zip(group, streamers, strict=True):

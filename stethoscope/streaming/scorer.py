@@ -328,7 +328,7 @@ class FastFeatures:
         out[:, self._slices[_MASS[0]].start : self._slices[_MASS[-1]].stop] = every.reshape(len(steps_batch), -1)
         out[:, self._slices["svar"].start] = np.add.reduce(mass[middle(len(mass)), :, 0], 0)
         image = mean[..., self._steps.image]
-        share = image / np.maximum(mass[..., :1], 1e-12)  # as in ``stethoscope.features.common``
+        share = image / np.maximum(mass[..., :1], 1e-12)  # as in ``stethoscope.features.distributions``
         spread = np.einsum("ltn,ltn->tl", share, np.log(np.maximum(share, 1e-12)))
         out[:, self._slices["attn_entropy"]] = spread / -math.log(max(image.shape[-1], 2))
 

@@ -25,6 +25,8 @@ from stethoscope.core.errors import CaptureError
 from stethoscope.tracing.model_parts import ROLES, Site, modules_of, sites
 
 NAME = "stethoscope"
+SMALL_MAP = 2**20
+"""Entries of a map up to which eager attention takes no longer than SDPA."""
 
 
 class AttentionCall(NamedTuple):
@@ -38,6 +40,7 @@ class AttentionCall(NamedTuple):
         value: (B, key-value heads, k, d).
         mask: in SDPA's form: boolean, additive or None.
         options: keyword arguments of the model file (scaling, softcap, position_bias, ...).
+        causal: whether queries see no later keys although there is no mask, see ``is_causal``.
     """
 
     site: Site
@@ -47,6 +50,7 @@ class AttentionCall(NamedTuple):
     value: Tensor
     mask: Tensor | None
     options: dict[str, Any]
+    causal: bool
 
     def sdpa(self) -> tuple[Tensor, Tensor | None]:
         """Compute the output (B, q, heads, d) as a model without a recorder does; see ``plain_attention``."""
@@ -125,7 +129,8 @@ def attention(
     if recording is not None:
         site = recording.sites.get(id(module))
         if site is not None and site.role in recording.recorder.roles:
-            call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
+            causal = attention_mask is None and is_causal(module, query.shape[2], kwargs.get("is_causal"))
+            call = AttentionCall(site, module, query, key, value, attention_mask, kwargs, causal)
             return recording.recorder.forward(call)
     return plain_attention(module, query, key, value, attention_mask, **kwargs)
 
@@ -141,6 +146,20 @@ def plain_attention(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:  # they change the scores
         return eager_attention(module, query, key, value, mask, **kwargs)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def attention_and_map(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    needs_map: bool,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the output (B, q, heads, d), and the map (B, heads, q, k) where it is needed or costs nothing."""
+    eager = needs_map or query.shape[:3].numel() * key.shape[2] <= SMALL_MAP
+    return (eager_attention if eager else plain_attention)(module, query, key, value, mask, **kwargs)
 
 
 def eager_attention(
@@ -198,20 +217,20 @@ def additive_mask(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
-    is_causal: bool | None = None,
+    causal: bool | None = None,
     rows: Tensor | None = None,
 ) -> Tensor | None:
     """Convert a mask in SDPA's form to the mask that eager attention adds to its scores.
 
-    Where SDPA gets no mask it masks by its ``is_causal`` flag, by transformers' rule: more than one query, and the
-    call or the module says so. Eager attention without a mask would attend to later tokens.
+    Where SDPA gets no mask it masks by its ``is_causal`` flag. Eager attention without a mask would attend to later
+    tokens.
 
     Args:
         module: the attention module.
         query: (B, heads, q, d).
         key: (B, key-value heads, k, d).
         mask: in SDPA's form, for all queries; None for SDPA's own rule.
-        is_causal: argument of the call; None for the module's own flag.
+        causal: argument ``is_causal`` of the call; None for the module's own flag.
         rows: (B, T) query positions to keep; all of them by default.
 
     Returns:
@@ -219,8 +238,7 @@ def additive_mask(
     """
     queries, keys = query.shape[2], key.shape[2]
     if mask is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        if queries == 1 or not causal:
+        if not is_causal(module, queries, causal):
             return None
         positions = torch.arange(queries, device=query.device)[None] if rows is None else rows
         mask = torch.arange(keys, device=query.device) <= positions[:, None, :, None]
@@ -229,6 +247,17 @@ def additive_mask(
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return mask
+
+
+def is_causal(module: nn.Module, queries: int, flag: bool | None) -> bool:
+    """Decide whether a call without a mask is causal, by transformers' rule: several queries, and the flag says so.
+
+    Args:
+        module: the attention module, whose own flag counts where the call has none.
+        queries: their number.
+        flag: argument ``is_causal`` of the call.
+    """
+    return queries > 1 and bool(getattr(module, "is_causal", True) if flag is None else flag)
 
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:

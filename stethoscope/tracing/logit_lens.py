@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError
 from stethoscope.tracing.model_parts import sites
-from stethoscope.tracing.trace import HIDDEN_LAYERS, of_depth
+from stethoscope.tracing.trace import hidden_layers
 
 _NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 _LOGITS = 2**24  # entries of logits computed at once where all layers of a token are decoded together
@@ -78,7 +78,7 @@ class Lens:
         Args:
             hidden: L tensors (..., D), those of ``listen``.
         """
-        chosen = [of_depth(layer, len(hidden)) for layer in HIDDEN_LAYERS]
+        chosen = hidden_layers(len(hidden))
         states = [hidden[layer - 1] if layer < len(hidden) else self.norm(hidden[-1]) for layer in chosen]
         return torch.stack([state.detach().float().cpu() for state in states], -2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stethoscope.relevancy.shared_passes import PromptPass
     from stethoscope.tracing.answer_recorder import RecordedAnswers
 
+Rows = TypeVar("Rows", "Tensor", "np.ndarray[Any, Any]")
 TensorPart = Literal[
     "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
     "noise_logits", "no_image_logits", "core_logits", "yes_odds", "masked_logprob", "lens_entropy", "lens_top",
@@ -98,6 +99,11 @@ def of_depth(layer: int, layers: int, published: int = 32) -> int:
     """
     scaled = round(layer / published * layers)
     return max(min(scaled, layers - 1), 1) if 0 < layer < published else scaled
+
+
+def hidden_layers(layers: int) -> list[int]:
+    """Scale ``HIDDEN_LAYERS`` to a model of some depth."""
+    return [of_depth(layer, layers) for layer in HIDDEN_LAYERS]
 
 
 def probe_layers(layers: int) -> list[int]:
@@ -333,9 +339,9 @@ class Trace:
             tokens that name nothing. Of ``samples``.
         masked_logprob: (T,) log-probability of the token when what its row attended to in the picture is grey; NaN for
             tokens that name nothing. Of ``masked``.
-        counts: numbers of tokens of several answers that follow one another, in all parts (``features.common.join``);
+        counts: numbers of tokens of several answers that follow one another, in all parts (``features.joining.join``);
             empty for one answer.
-        cache: intermediate results that features share (``stethoscope.features.common.cached_on_trace``).
+        cache: intermediate results that features share (``stethoscope.features.distributions.cached_on_trace``).
     """
 
     answer: Answer
@@ -403,6 +409,16 @@ class Trace:
                 f"the trace has no {name!r}; trace the answer with the parts that its features require"
             )
         return value
+
+    def select_rows(self, part: Rows, offset: int) -> Rows:
+        """Select the predicting (``offset`` 0) or the consuming rows (1) of (T + 1, ...) rows: (T, ...)."""
+        if not self.counts:
+            return part[offset : offset + len(self.answer.token_ids)]
+        return part[self.positions + self.starts + offset]
+
+    def require_rows(self, name: TensorPart, offset: int) -> Tensor:
+        """Return the predicting or the consuming rows of a part, see ``require`` and ``select_rows``."""
+        return self.select_rows(self.require(name), offset)
 
     @cached_property
     def positions(self) -> np.ndarray:

@@ -18,7 +18,7 @@ from stethoscope.adapters.authors.processor import (
     shortest_edge,
     squash,
 )
-from stethoscope.adapters.picture_settings import CLIP_MEAN, pad_to_square, stretch_to_square
+from stethoscope.adapters.question_encoder import CLIP_MEAN, pad_to_square, stretch_to_square
 
 PHOTOGRAPHS = [Image.fromarray(image) for image in load_sample_images().images]
 PHOTOGRAPHS += [PHOTOGRAPHS[0].rotate(90, expand=True), PHOTOGRAPHS[1].crop((3, 5, 340, 81))]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError, CaptureError, DataError
-from stethoscope.core.system import model_faults, raised_here, tolerate_closed_output
+from stethoscope.core.system import ModelFaults, raised_here, tolerate_closed_output
 from stethoscope.core.types import Generation
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
@@ -70,7 +70,7 @@ def test_our_own_faults_stay_visible(adapter, monkeypatch):
     with pytest.raises(TypeError) as raised:
         adapter.generate([encoded], Generation(max_new_tokens=2))
     assert raised_here(raised.value)
-    with pytest.raises(MemoryError), model_faults("the model fails"):
+    with pytest.raises(MemoryError), ModelFaults("the model fails"):
         raise MemoryError
 
 

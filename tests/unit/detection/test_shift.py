@@ -262,7 +262,7 @@ def test_a_recalibrated_detector_is_calibrated_and_makes_no_old_promise(tmp_path
     assert after < 0.06
     assert new.certificate is None
     assert detector.certificate is not None
-    assert "recalibrated" in new.notes or "labelled pictures" in new._chosen
+    assert "recalibrated" in new.notes or "labelled pictures" in new.warning_threshold.chosen
     new.save(tmp_path / "new")
     np.testing.assert_array_equal(Detector.load(tmp_path / "new").predict(test), new.predict(test))
 

@@ -5,9 +5,10 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from stethoscope.relevancy import attention_backward, gradient_recorder
+from stethoscope.relevancy import attention_backward
 from stethoscope.relevancy.attention_backward import TracedCall
-from stethoscope.relevancy.gradient_recorder import traced_attention
+from stethoscope.relevancy.gradient_recorder import TracedAttention, visible_ends
+from stethoscope.tracing.hooks import is_causal
 from stethoscope.tracing.model_parts import Site
 
 SAMPLES, HEADS, GROUPS, QUERIES, WIDTH = 3, 6, 2, 11, 4
@@ -57,7 +58,7 @@ def test_blocks_of_any_shape_give_the_gradients_of_autograd(monkeypatch, module,
     abar, saliency = torch.zeros(2, SAMPLES, QUERIES, QUERIES, dtype=torch.float64)
     shapes = set()
 
-    def receive(call, blocks, grads):
+    def receive(call, blocks):
         for block in blocks:
             shapes.add(block.abar.shape[1])
             stop, end = block.start + block.abar.shape[1], block.abar.shape[2]
@@ -65,9 +66,9 @@ def test_blocks_of_any_shape_give_the_gradients_of_autograd(monkeypatch, module,
             if block.saliency is not None:
                 saliency[:, stop - block.saliency.shape[1] : stop, :end] = block.saliency
 
-    ends = gradient_recorder.visible_ends(module, QUERIES, QUERIES, mask, {})
+    ends = visible_ends(QUERIES, QUERIES, mask, is_causal(module, QUERIES, None))
     call = TracedCall(Site("", "language", 0), module, mask, {"scaling": WIDTH**-0.5}, receive, ends, salient=5)
-    output = traced_attention(*inputs, call)
+    output = TracedAttention.apply(*inputs, call)
     grads = torch.autograd.grad(output, inputs, gradient.transpose(1, 2))
     expected_abar, expected_saliency, expected_grads = by_autograd(*inputs, gradient, mask)
     torch.testing.assert_close(abar, expected_abar, rtol=1e-10, atol=1e-12)
@@ -109,20 +110,20 @@ def test_half_precision_adds_up_blocks_in_float32(monkeypatch, module):
         options = {"scaling": WIDTH**-0.5}
         call = TracedCall(
             Site("", "language", 0), module, mask.clamp(min=-1e38).bfloat16(), options,
-            lambda _, blocks, grads: list(blocks),
+            lambda _, blocks: list(blocks),
             [QUERIES] * QUERIES,
         )  # fmt: skip
-        grads = torch.autograd.grad(traced_attention(*half, call), half, gradient.transpose(1, 2).bfloat16())
+        grads = torch.autograd.grad(TracedAttention.apply(*half, call), half, gradient.transpose(1, 2).bfloat16())
         errors.append(max((a.double() - b).norm() / b.norm() for a, b in zip(grads, expected, strict=True)))
     assert errors[1] < 1.2 * errors[0] < 0.03
 
 
 def test_the_default_budget_follows_free_memory_on_a_gpu(monkeypatch):
-    assert gradient_recorder.default_budget(torch.device("cpu")) == gradient_recorder.BUDGET == 2**26
+    assert attention_backward.default_budget(torch.device("cpu")) == attention_backward.BUDGET == 2**26
     # stands in for a device that the machine of the tests lacks
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * 2**20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**20)
     for free, budget in ((2**20, 2**26), (2**30 - 2**22, 2**27), (2**40, 2**31)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
-        assert gradient_recorder.default_budget(torch.device("cuda")) == budget
+        assert attention_backward.default_budget(torch.device("cuda")) == budget

@@ -9,6 +9,7 @@ from helpers import zoo
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError
 from stethoscope.relevancy import gradient_recorder, relevancy_from_inputs, token_alignment
 from stethoscope.relevancy.backward_pass import BlockRelevancy, StoredRelevancy
+from stethoscope.tracing import hooks
 
 SCOPES = ("row", "token")
 NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text", "saliency")
@@ -120,7 +121,8 @@ def test_patches_of_qwen_are_in_rows_and_columns():
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", ["llava", "blip2_opt", "qwen2_5_vl", "gemma3"])
 def test_left_padding_changes_nothing(family, scope, small, monkeypatch):
-    monkeypatch.setattr(gradient_recorder, "_SMALL", small)
+    monkeypatch.setattr(hooks, "SMALL_MAP", small)
+    monkeypatch.setattr(gradient_recorder, "SMALL_MAP", small)
     example = case(family)
     fills = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
     padded = {
@@ -199,7 +201,7 @@ def test_merged_patches_are_found_anew_for_another_shape_alone(monkeypatch):
 
 def test_the_last_key_that_a_query_sees():
     def ends(mask, queries=3, keys=4):
-        return gradient_recorder.visible_ends(torch.nn.Identity(), queries, keys, mask, {"is_causal": True})
+        return gradient_recorder.visible_ends(queries, keys, mask, hooks.is_causal(torch.nn.Identity(), queries, True))
 
     seen = torch.tensor([[True, False, True, False], [False, False, False, False], [True, True, False, False]])
     assert ends(None) == [1, 2, 3]

@@ -8,8 +8,7 @@ from helpers import zoo
 
 from stethoscope.relevancy import token_alignment
 from stethoscope.relevancy.attention_backward import PrefixGradient
-from stethoscope.relevancy.checkpointing import PrefixCache
-from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass
+from stethoscope.relevancy.shared_passes import AnswerPass, PrefixCache, PromptPass
 from stethoscope.tracing.model_parts import frozen
 
 

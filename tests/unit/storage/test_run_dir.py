@@ -42,7 +42,7 @@ def record(number, **other):
 
 def rows(number, value=0.0, **other):
     features = {"level": np.full(3, value), **other}
-    return token_tables("tiny", [TokenRows(SAMPLES[number], ANSWER, MENTIONS, features)])[0]
+    return token_tables("tiny", [TokenRows(SAMPLES[number], ANSWER, ANSWER.owners(MENTIONS), features)])[0]
 
 
 @pytest.fixture

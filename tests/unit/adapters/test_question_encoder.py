@@ -9,8 +9,8 @@ from PIL.Image import Resampling
 import stethoscope
 from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.picture_settings import pad_to_square
 from stethoscope.adapters.prompts import SYSTEMS
+from stethoscope.adapters.question_encoder import pad_to_square
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Generation
 from stethoscope.diagnosis.render import payload

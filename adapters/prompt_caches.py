@@ -1,0 +1,158 @@
+"""Cut KV caches of batches into those of prompts, join those of prompts into caches of batches, and store them.
+
+What a model makes of prompts apart from the pixels is stored for all images of one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from stethoscope.adapters.fingerprint import state_key
+from stethoscope.core.cache import LRUCache
+from stethoscope.tracing.trace import Encoded, PromptCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BLANK_BYTES = 64 * 2**20
+"""Enough for the questions of a benchmark and a small model; prompts of a large model exceed it and are not cached."""
+
+
+def split_cache(cache: Any, columns: Sequence[Sequence[slice]], first: int = 0) -> list[PromptCache] | None:
+    """Cut ranges of columns out of the rows of a cache, from the ``first`` row on.
+
+    The parts are views, unless ranges of a row have columns between them: then all rows are copied, layer by layer, and
+    the cache is emptied meanwhile.
+
+    Returns:
+        A cache by row; None where the cache drops or changes keys.
+    """
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    ranges = [_merged(parts) for parts in columns]
+    copies = any(len(parts) > 1 for parts in ranges)
+    layers = []
+    for layer in cache.layers:
+        pairs = [
+            tuple(_cut(tensor[row : row + 1], parts, copies) for tensor in (layer.keys, layer.values))
+            for row, parts in enumerate(ranges, first)
+        ]
+        layers.append(pairs)
+        if copies:
+            layer.reset()
+    return [PromptCache(parts) for parts in zip(*layers, strict=True)]
+
+
+def _merged(ranges: Sequence[slice]) -> list[slice]:
+    """Join neighbouring ranges, and drop empty ones.
+
+    >>> _merged([slice(0, 0), slice(2, 4), slice(4, 7), slice(9, 10)])
+    [slice(2, 7, None), slice(9, 10, None)]
+    """
+    merged: list[slice] = []
+    for part in ranges:
+        if merged and merged[-1].stop == part.start:
+            merged[-1] = slice(merged[-1].start, part.stop)
+        elif part.start < part.stop:
+            merged.append(part)
+    return merged
+
+
+def _cut(row: Tensor, ranges: Sequence[slice], copies: bool) -> Tensor:
+    """Return the (1, heads, n, d) columns of some ranges."""
+    parts = [row[:, :, part] for part in ranges]
+    return torch.cat(parts, 2) if copies else parts[0]
+
+
+def join_caches(
+    caches: Sequence[PromptCache], prefix_lengths: Sequence[int], pad_offsets: Sequence[int]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Join the first tokens of every prompt's cache, padded on the left, layer by layer."""
+    count = prefix_lengths[0]
+    if all(cache is caches[0] for cache in caches) and len(set(prefix_lengths)) == 1:
+        for layer in caches[0].layers:  # views, which the next token turns into copies
+            yield tuple(part[:, :, :count].expand(len(caches), -1, -1, -1) for part in layer)
+        return
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        joined = []
+        for parts in zip(*layers, strict=True):
+            prefixes = [part[:, :, :count] for part, count in zip(parts, prefix_lengths, strict=True)]
+            padded = [
+                torch.nn.functional.pad(prefix, (0, 0, offset, 0)) if offset else prefix
+                for prefix, offset in zip(prefixes, pad_offsets, strict=True)
+            ]
+            joined.append(torch.cat(padded))
+        yield tuple(joined)
+
+
+def joined_cache(
+    caches: Sequence[PromptCache], prefix_lengths: Sequence[int], pad_offsets: Sequence[int]
+) -> DynamicCache:
+    """Copy the first tokens of every prompt's cache, padded on the left, into a cache that generation goes on from."""
+    joined = DynamicCache()
+    for layer, (keys, values) in enumerate(join_caches(caches, prefix_lengths, pad_offsets)):
+        joined.update(keys, values, layer)
+    return joined
+
+
+class PromptStore:
+    """Store what a model makes of prompts apart from the pixels, shared by all images of one size with one question.
+
+    All is dropped when the model's weights or hooks are replaced, or weights change in place (except through ``.data``,
+    which tensors do not count).
+
+    Args:
+        size: returns the bytes of a value.
+    """
+
+    def __init__(self, size: Callable[[Any], int]) -> None:
+        self._size = size
+        self._caches = LRUCache(_BLANK_BYTES, size)
+        self._model: tuple[Any, ...] | None = None
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Drop all values if weights or hooks have changed, or where changes of weights cannot be counted."""
+        state = state_key(model)
+        if state is None or state != self._model:
+            self._caches, self._model = LRUCache(_BLANK_BYTES, self._size), state
+
+    def get(self, key: Hashable) -> Any:
+        """Return the value of a prompt, by its ``blank_key``; None if there is none."""
+        return self._caches.get(key)
+
+
+class HiddenImageStates(PromptStore):
+    """Store states of prompts whose image is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda states: states.nbytes)
+
+    def put(self, key: Hashable, states: Tensor) -> None:
+        """Store a copy of states (T, K, D)."""
+        self._caches.put(key, states.clone())
+
+
+class BlankPrefixCache(PromptStore):
+    """Store KV caches of prompts with a blank image."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda cache: cache.nbytes)
+
+    def put(self, key: Hashable, cache: PromptCache) -> None:
+        """Store a copy of a cache, without the batch that it was computed in."""
+        if cache.nbytes <= _BLANK_BYTES:
+            self._caches.put(key, cache.clone())
+
+
+def blank_key(encoded: Encoded) -> Hashable:
+    """Build the key of a prompt with a blank image from everything that it depends on."""
+    return tuple(
+        (name, tuple(value.shape), b"" if name == "pixel_values" else value.contiguous().cpu().numpy().tobytes())
+        for name, value in sorted(encoded.inputs.items())
+    )
