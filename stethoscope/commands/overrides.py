@@ -78,8 +78,8 @@ def name_loggers(words: Sequence[str], command: str, folder: str | None = None) 
     folders = [*([Path(folder)] if folder else []), conf_folder()]
     chosen = [word.partition("=")[2] for word in words if word.startswith("logger=")]
     if not chosen:
-        choices = command_file(command, tuple(folders[:-1])).choices
-        chosen = [choice.name for choice in choices if choice.group == "logger" and choice.name]
+        in_file = command_file(command, tuple(folders[:-1])).choices
+        chosen = [choice.name for choice in in_file if choice.group == "logger" and choice.name]
     names = list(dict.fromkeys(re.findall(r"[^\[\]',\s]+", ",".join(chosen))))
     nodes = {name: _yaml(folders, f"logger/{name}") for name in names}
     settings = {

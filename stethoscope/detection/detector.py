@@ -22,7 +22,7 @@ from stethoscope.detection.design_matrix import Inputs, frequent_objects
 from stethoscope.detection.detector_manifest import DetectorManifest, check_notes
 from stethoscope.detection.estimator_classes import restored_classifier
 from stethoscope.detection.estimators import add_prefix
-from stethoscope.detection.explain import Explanation, explanation
+from stethoscope.detection.evidence_prior import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import intercept_of_share, mixture_line, share_of_hallucinated, shrunk_line
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee

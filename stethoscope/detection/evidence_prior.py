@@ -9,15 +9,19 @@ classes that are balanced for every value of the external features e, the prior 
 
 With this balance, logit f is the logarithm of p(features | e, hallucinated) / p(features | e, grounded), in nats: above
 0 the features are more typical of a hallucination than is usual for such a mention.
+
+``explanation`` splits the probabilities of any detector into evidence and prior, and those of linear ones by feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import logit
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
@@ -25,11 +29,13 @@ from sklearn.preprocessing import StandardScaler
 
 from stethoscope.core.token_table import require
 from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.compiled_classifiers import compile_classifier
 from stethoscope.detection.cooccurrence import object_index
 from stethoscope.detection.estimators import (
     C_choices,
     GroupedEstimator,
+    Stacked,
     add_prefix,
     choose_C,
     fit_weighted,
@@ -205,3 +211,67 @@ class Factored(GroupedEstimator):
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Compute the log-odds of hallucination, (rows,)."""
         return np.sum(self.parts(X), axis=0)
+
+
+REST = "(rest)"
+"""Column of the remaining evidence: the intercept and the contributions of external columns."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The parts of a detector's probabilities. Everything but the probability is in calibrated log-odds.
+
+    Attributes:
+        probability: (rows,) probability of hallucination, in [0, 1].
+        evidence: (rows,) share of the model's own computation; above 0 it speaks for hallucination.
+        prior: (rows,) share of the mention's position and object; without factorisation the share of hallucinated
+            mentions in the fold that it was calibrated on. ``evidence + prior`` are the log-odds of ``probability``.
+        contributions: (rows, features and ``REST``) terms of the features in the evidence; None unless it is linear.
+    """
+
+    probability: np.ndarray
+    evidence: np.ndarray
+    prior: np.ndarray
+    contributions: pd.DataFrame | None = None
+
+    def top(self, row: int, count: int = 3) -> list[tuple[str, float]]:
+        """Return the features with the largest absolute contributions to a row; empty if not linear."""
+        if self.contributions is None:
+            return []
+        values = self.contributions.drop(columns=REST).iloc[row]
+        order = np.argsort(-np.abs(values.to_numpy()), kind="stable")[:count]
+        return [(str(values.index[index]), float(values.iloc[index])) for index in order]
+
+
+def explanation(
+    fitted: CalibratedModel, matrix: np.ndarray, probability: np.ndarray, names: Sequence[str], base_rate: float
+) -> Explanation:
+    """Split the probabilities of a fitted classifier into their parts.
+
+    Args:
+        fitted: classifier with a calibration that is linear in log-odds.
+        matrix: (rows, columns) design matrix; the first columns that the final classifier reads are those of ``names``.
+        probability: (rows,) predictions of the classifier.
+        names: names of the features.
+        base_rate: share of hallucinated mentions where it was calibrated, the prior if none was fitted.
+    """
+    if not len(matrix):
+        return Explanation(probability, np.zeros(0), np.zeros(0))
+    model, (slope, intercept) = fitted.model, fitted.line
+    while isinstance(model, Stacked):
+        matrix, model = model.join_inputs(matrix), model.classifier_
+    if isinstance(model, Factored):
+        log_evidence, log_prior = model.parts(matrix)
+        evidence, prior = slope * log_evidence, slope * log_prior + intercept
+        scale = slope * model.scales_[0]
+        matrix = model.join_inputs(matrix)
+        model = model.evidence_
+    else:
+        prior = np.full(len(matrix), logit(base_rate))
+        evidence = slope * model.decision_function(matrix) + intercept - prior
+        scale = slope
+    if not isinstance(model, LinearClassifier):
+        return Explanation(probability, evidence, prior)
+    own = scale * model.terms(matrix)[:, : len(names)]
+    contributions = pd.DataFrame(own, columns=list(names)).assign(**{REST: evidence - own.sum(axis=1)})
+    return Explanation(probability, evidence, prior, contributions)

@@ -22,9 +22,17 @@ from stethoscope.core.errors import ArtefactError, DataError, unknown
 from stethoscope.core.files import atomic_write, check_shape, read_bytes
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.artifact import dump_arrays, load_arrays
-from stethoscope.detection.caption_objects import INDEX, SHAPE, ReadCaption, read_caption
+from stethoscope.detection.caption_objects import (
+    CO_OCCURRENCE,
+    INDEX,
+    SCENE,
+    SHAPE,
+    PairPrior,
+    ReadCaption,
+    ScenePrior,
+    read_caption,
+)
 from stethoscope.detection.inference import TreeEnsemble
-from stethoscope.detection.object_priors import CO_OCCURRENCE, SCENE, PairPrior, ScenePrior
 from stethoscope.tasks.object_extraction import OBJECTS
 
 SCHEMA_VERSION = 1

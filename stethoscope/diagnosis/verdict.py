@@ -19,8 +19,8 @@ class TokenVerdict:
     Attributes:
         probability: that it is hallucinated, in [0, 1]. Calibrated for object names, from which detectors learn; for
             other tokens it is an extrapolation, shown for orientation only.
-        evidence, prior: log-odds that add up to those of the probability (``stethoscope.detection.explain``); None
-            if the detector's calibration is not additive.
+        evidence, prior: log-odds that add up to those of the probability (``detection.evidence_prior.Explanation``);
+            None if the detector's calibration is not additive.
         top: the features with the largest contributions; empty unless the detector is linear.
         visual_evidence: objects that the attended image evidence resembles, most probable first, None for nothing known
             (``Detector.visual_evidence``); empty for other tokens and where the detector does not learn it.

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stethoscope.tasks.name_prefixes import NamePrefixes
+    from stethoscope.tasks.extraction import NamePrefixes
 
 _Decisions = dict[tuple[str, int, str], bool | None]
 

@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.explain import REST
+from stethoscope.detection.evidence_prior import REST
 from stethoscope.detection.lookup import WARNING_COLUMNS, mention_warnings, write_warnings
 from stethoscope.metrics import classification
 

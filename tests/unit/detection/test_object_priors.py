@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 
-from stethoscope.detection.caption_objects import INDEX, objects_of_word, read_caption
-from stethoscope.detection.object_priors import (
+from stethoscope.detection.caption_objects import (
     CO_OCCURRENCE,
+    INDEX,
     LEAST,
     RIDGE,
     SCENE,
     SMOOTHING,
     PairPrior,
     ScenePrior,
+    objects_of_word,
+    read_caption,
 )
 
 DOG, CAT, CAR = (INDEX[name] for name in ("dog", "cat", "car"))

@@ -4,7 +4,7 @@ import pytest
 
 from stethoscope.adapters.tiny.tokenizers import byte_tokenizer
 from stethoscope.streaming.candidates import Candidates
-from stethoscope.tasks.name_prefixes import NamePrefixes
+from stethoscope.tasks.extraction import NamePrefixes
 
 NAMES = NamePrefixes(["dog", "dogs", "airplane", "toaster", "hot dog", "café"])
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stethoscope.adapters.tiny import llama_tokenizer
 from stethoscope.adapters.tiny.tokenizers import byte_tokenizer
-from stethoscope.tasks.extraction import as_extraction
-from stethoscope.tasks.name_prefixes import NamePrefixes
+from stethoscope.tasks.extraction import NamePrefixes, as_extraction
 from stethoscope.tasks.noun_extraction import NounExtractor, Vocabulary
 from stethoscope.tasks.object_extraction import NAMES, PAIRS, name_forms
 from stethoscope.tracing.token_spans import GrowingText, decode_with_offsets
