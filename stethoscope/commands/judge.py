@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with source.open("rb") as lines, replacing(target) as output:
-            counts = judge(lines, output, detector, FileProgress(source))
+            counts = judge_lines(lines, output, detector, FileProgress(source))
     except OSError as error:
         raise ConfigError(f"{source} cannot be read or out={target} cannot be written to: {error}") from None
     print(target)
@@ -101,7 +101,7 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise ConfigError(f"out={target} exists; choose another file, or add overwrite=true")
 
 
-def judge(
+def judge_lines(
     lines: BinaryIO, output: BinaryIO, detector: TextOnlyDetector, progress: FileProgress
 ) -> tuple[int, int, float]:
     """Judge all lines of a file.

@@ -282,14 +282,16 @@ def check_detectors(config: DictConfig, adapter: Adapter, chair: Task, runs: Seq
     return None if judge is None else loaded[judge]
 
 
-def answer_all(item: MethodRun, adapter: Adapter, tasks: Sequence[Task], judge: Detector | None) -> list[TaskResults]:
+def answer_all(
+    item: MethodRun, adapter: Adapter, tasks: Sequence[Task], detector: Detector | None
+) -> list[TaskResults]:
     """Let a method answer its tasks, and compute what a detector reads of its descriptions.
 
     Args:
         item: the method.
         adapter: the model.
         tasks: that of the descriptions last.
-        judge: the detector; None for none.
+        detector: that judges what was written; None for none.
     """
     from stethoscope.evaluation.cost_meter import CostMeter
     from stethoscope.evaluation.edit_answers import read_features
@@ -303,13 +305,13 @@ def answer_all(item: MethodRun, adapter: Adapter, tasks: Sequence[Task], judge: 
             answer(config, item.folder, loggers, adapter, task, item.generation, callbacks=[meter])
             for task, meter in zip(tasks, meters, strict=True)
         ]
-    if judge is not None:  # apart from the answers, so that their cost is their own
+    if detector is not None:  # apart from the answers, so that their cost is their own
         Evaluator(
             callbacks=make_callbacks(config.callbacks, config.plugins),
             limit=config.limit,
             batch_size=config.batch_size,
             generation=item.generation,
-            features=read_features(judge),
+            features=read_features(detector),
             run_dir=item.folder,
             on_error=config.on_error,
             overwrite="features",
@@ -319,14 +321,16 @@ def answer_all(item: MethodRun, adapter: Adapter, tasks: Sequence[Task], judge: 
     return results
 
 
-def collect(item: MethodRun, tasks: Sequence[Task], excluded: Iterable[str], judge: Detector | None) -> MethodAnswers:
+def collect(
+    item: MethodRun, tasks: Sequence[Task], excluded: Iterable[str], detector: Detector | None
+) -> MethodAnswers:
     """Collect what a method wrote.
 
     Args:
         item: the method.
         tasks: that it answered, that of the descriptions last.
         excluded: images whose descriptions are left out.
-        judge: the detector; None for none.
+        detector: that judges what was written; None for none.
     """
     from stethoscope.evaluation.cost_meter import read_costs
     from stethoscope.report.method_answers import MethodAnswers, detector_figures, reply_figures, score_counts
@@ -343,7 +347,7 @@ def collect(item: MethodRun, tasks: Sequence[Task], excluded: Iterable[str], jud
         seconds=sum(seconds) / max(len(records), 1),
         peak_memory=cost.peak_memory,
         replies=reply_figures(store.records(tasks[0].name), tasks[0].metrics()) if len(tasks) > 1 else {},
-        detector=None if judge is None else detector_figures(store.tokens(task), judge, excluded),
+        detector=None if detector is None else detector_figures(store.tokens(task), detector, excluded),
         promised=getattr(item.generation.mitigation, "max_hallucinated", None),
     )
 

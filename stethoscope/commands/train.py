@@ -55,7 +55,7 @@ def run(config: DictConfig) -> None:
     compare_with = {name: _other(name, same, config.plugins) for name in as_list(config.compare_with)}
     shares, store = fractions(config), RunStore(source)
     task = config.mentions or _only(store)
-    table = token_table(config, store, task, config.subset)
+    table = read_token_rows(config, store, task, config.subset)
     columns = feature_names(table) if "features" in config else None
     if not config.overwrite:
         keep_detector(folder, detector, shares, config.seed, task, columns)
@@ -148,7 +148,7 @@ def _only(store: RunStore) -> str:
     return tasks[0] if len(tasks) == 1 else "chair"
 
 
-def token_table(config: DictConfig, store: RunStore, task: str, subset: str | None) -> pd.DataFrame:
+def read_token_rows(config: DictConfig, store: RunStore, task: str, subset: str | None) -> pd.DataFrame:
     """Read the token rows of a run: one task, one subset or all, the chosen features or all.
 
     Raises:
@@ -212,7 +212,7 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
     if same and (task, subset) == (own, config.subset):
         raise ConfigError(f"test={node} is what the detector is trained on; its own test images are judged anyway")
     name = " ".join(part for part in (store.run_dir.name, task, subset) if part)
-    return Target(name, token_table(config, store, task, subset), store.model(task))
+    return Target(name, read_token_rows(config, store, task, subset), store.model(task))
 
 
 def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

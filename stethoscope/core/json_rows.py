@@ -73,7 +73,7 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-class Row(NamedTuple):
+class JsonRow(NamedTuple):
     """One object of a JSON file.
 
     Attributes:
@@ -87,7 +87,7 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-def read_rows(path: Path, keys: Iterable[str], nulls: bool = True) -> Iterator[Row]:
+def read_rows(path: Path, keys: Iterable[str], nulls: bool = True) -> Iterator[JsonRow]:
     """Yield the objects of a JSON file: one on each line, one after another over several lines, or all in one list.
 
     Args:
@@ -108,7 +108,7 @@ def read_rows(path: Path, keys: Iterable[str], nulls: bool = True) -> Iterator[R
     for number, origin, row in items:
         if not nulls and isinstance(row, dict):
             row = {key: value for key, value in row.items() if value is not None}
-        yield Row(number, origin, _object(row, keys, origin))
+        yield JsonRow(number, origin, _object(row, keys, origin))
 
 
 def _refuse_table(path: Path, line: str, keys: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from stethoscope.metrics.bootstrap import Interval, Resamples
 
 
 @dataclass(frozen=True)
-class Row:
+class LeaderboardRow:
     """One line of the leaderboard.
 
     Attributes:
@@ -39,7 +39,7 @@ class Row:
         return {**labels, "metrics": metrics}
 
     @classmethod
-    def from_dict(cls, section: Mapping[str, Any]) -> Row:
+    def from_dict(cls, section: Mapping[str, Any]) -> LeaderboardRow:
         """Rebuild a row from the result of ``to_dict``."""
         metrics = {name: read_interval(interval) for name, interval in section["metrics"].items()}
         optional = {key: section[key] for key in ("sign", "cost", "note") if key in section}
@@ -97,7 +97,7 @@ class Leaderboard:
         left_out: published detectors of the same forward pass that were not measured, for lack of their features.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[LeaderboardRow, ...]
     differences: tuple[Difference, ...]
     best_features: Mapping[str, str]
     controls: Mapping[str, Mapping[str, float]]
@@ -105,7 +105,7 @@ class Leaderboard:
     best_published: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> LeaderboardRow:
         """Return the row of that name."""
         return next(row for row in self.rows if row.name == name)
 
@@ -126,7 +126,7 @@ class Leaderboard:
     def from_dict(cls, section: Mapping[str, Any]) -> Leaderboard:
         """Rebuild a leaderboard from the result of ``to_dict``."""
         return cls(
-            rows=tuple(map(Row.from_dict, section["rows"])),
+            rows=tuple(map(LeaderboardRow.from_dict, section["rows"])),
             differences=tuple(map(Difference.from_dict, section["differences"])),
             best_features=section["best_features"],
             controls=section["controls"],
@@ -206,7 +206,7 @@ class DetectorResults:
         )
 
     @property
-    def detector(self) -> Row:
+    def detector(self) -> LeaderboardRow:
         """Return the leaderboard's first row: that of the run's own detector."""
         return self.leaderboard.rows[0]
 

@@ -13,7 +13,7 @@ from stethoscope.core.token_table import FeatureSchema, MentionSelection, Repeat
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.detector_results import Difference, Leaderboard, Row
+from stethoscope.detection.detector_results import Difference, Leaderboard, LeaderboardRow
 from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.published import SELF_VERIFICATION, available_methods, cost_of, left_out, score_published
 from stethoscope.detection.score_metrics import AREAS, METRICS, LabelledMentions, control_bins, evaluate_scores
@@ -154,7 +154,7 @@ def build_leaderboard(
     if shuffled:
         entries.append(_Entry(SHUFFLED, "baseline", np.zeros(0)))
     rows = tuple(
-        Row(
+        LeaderboardRow(
             entry.name,
             entry.kind,
             entry.sign,
@@ -216,7 +216,7 @@ def _entries(
     return entries, best, skipped
 
 
-def _best_published(rows: Sequence[Row]) -> dict[str, str]:
+def _best_published(rows: Sequence[LeaderboardRow]) -> dict[str, str]:
     """Return by metric of ``AREAS`` the best published detector that needs one forward pass only."""
     candidates = [row for row in rows if row.kind == "published" and row.cost == FORWARD]
     values = {metric: [np.nan_to_num(row.metrics[metric].value) for row in candidates] for metric in AREAS}

@@ -17,7 +17,8 @@ KINDS = {
     "reference": "went with the sentence about a removed one",
 }
 """What became of a removed mention, by the kind of ``mitigation.editing.Removal``."""
-_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+_WORDS = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
+"""Words and signs with the white space before them, which would otherwise be every second piece to compare."""
 
 
 def compare_texts(before: str, after: str) -> tuple[list[list[str]], list[list[str]]]:
@@ -30,14 +31,16 @@ def compare_texts(before: str, after: str) -> tuple[list[list[str]], list[list[s
     ([['same', 'A cat'], ['removed', ' and a dog'], ['same', '.']], [['same', 'A cat'], ['same', '.']])
     """
     old, new = _WORDS.findall(before), _WORDS.findall(after)
-    left: list[list[str]] = []
-    right: list[list[str]] = []
-    for kind, start, stop, first, last in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if start < stop:
-            left.append(["same" if kind == "equal" else "removed", "".join(old[start:stop])])
-        if first < last:
-            right.append(["same" if kind == "equal" else "added", "".join(new[first:last])])
-    return left, right
+    shortest = min(len(old), len(new))
+    head = next((index for index in range(shortest) if old[index] != new[index]), shortest)
+    tail = next((index for index in range(shortest - head) if old[~index] != new[~index]), shortest - head)
+    left, right = [["same", "".join(old[:head])]], [["same", "".join(new[:head])]]
+    middles = old[head : len(old) - tail], new[head : len(new) - tail]  # which may take quadratic time
+    for kind, start, stop, first, last in SequenceMatcher(None, *middles, autojunk=False).get_opcodes():
+        left.append(["same" if kind == "equal" else "removed", "".join(middles[0][start:stop])])
+        right.append(["same" if kind == "equal" else "added", "".join(middles[1][first:last])])
+    end = ["same", "".join(old[len(old) - tail :])]
+    return [part for part in [*left, end] if part[1]], [part for part in [*right, end] if part[1]]
 
 
 def strike_out(text: str, taken_back: Sequence[Mapping[str, Any]]) -> list[list[str]]:

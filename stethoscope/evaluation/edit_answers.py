@@ -110,7 +110,7 @@ class AnswerEditor(ABC):
             CapabilityError: the detector reads features that the model does not provide.
         """
 
-    def judge(
+    def score_mentions(
         self, samples: Sequence[Sample], encoded: Sequence[Encoded], answers: Sequence[Answer]
     ) -> list[JudgedAnswer]:
         """Compute the detector's probabilities for the mentions of answers.
@@ -188,7 +188,7 @@ class MentionRemover(AnswerEditor):
         self, samples: Sequence[Sample], encoded: Sequence[Encoded], answers: Sequence[Answer]
     ) -> list[EditedAnswer]:
         """See ``AnswerEditor.__call__``."""
-        judged = self.judge(samples, encoded, answers)
+        judged = self.score_mentions(samples, encoded, answers)
         return [self._edit(*parts) for parts in zip(samples, encoded, judged, strict=True)]
 
     def _edit(self, sample: Sample, encoded: Encoded, judged: JudgedAnswer) -> EditedAnswer:
@@ -229,9 +229,9 @@ class AnswerReranker(AnswerEditor):
         if not described:
             return edited
         own, prompts = [samples[index] for index in described], [encoded[index] for index in described]
-        rounds = [self.judge(own, prompts, [answers[index] for index in described])]
+        rounds = [self.score_mentions(own, prompts, [answers[index] for index in described])]
         for settings in self._method.settings(self.generation):
-            rounds.append(self.judge(own, prompts, self.adapter.generate(prompts, settings)))
+            rounds.append(self.score_mentions(own, prompts, self.adapter.generate(prompts, settings)))
         for index, *candidates in zip(described, *rounds, strict=True):
             edited[index] = self._choose(candidates)
         return edited

@@ -138,7 +138,7 @@ def _sample_differences(first: RunReader, other: RunReader, task: str, fields: S
             yield f"has another {key} in {len(unequal)} samples, such as {unequal[0]!r}"
 
 
-def task_table(first: RunReader, other: RunReader, task: Task, names: tuple[str, str]) -> Table:
+def paired_table(first: RunReader, other: RunReader, task: Task, names: tuple[str, str]) -> Table:
     """Compare every metric of a task in two runs, on the samples that both answered and that failed in neither.
 
     Args:
@@ -406,7 +406,7 @@ def compare(sources: Sequence[RunReader], load_task: TaskLoader, common: bool = 
             continue
         require_same(reference, other, common=common)
         for task in common_tasks(reference, other):
-            tables.append(task_table(reference, other, first_task(reference, task, load_task), pair))
+            tables.append(paired_table(reference, other, first_task(reference, task, load_task), pair))
         if not (reference.no_detector() or other.no_detector()):
             if reference.task != other.task:
                 remarks.append(f"the detectors judge mentions of {reference.task} and of {other.task}")

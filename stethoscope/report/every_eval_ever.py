@@ -21,8 +21,8 @@ from stethoscope.report.export import (
     RunExport,
     clean,
     dumps,
-    judge,
     judged_mentions,
+    outcome_of,
     path_part,
     reference_texts,
 )
@@ -202,7 +202,7 @@ def instance_lines(run: RunExport, results: TaskResults, evaluation_id: str) -> 
     """
     metrics = list(dict.fromkeys(row.metric for row in results.metrics))
     records = list(run.records(results.task))
-    judged = {record.sample_id: judge(record, metrics) for record in records}
+    judged = {record.sample_id: outcome_of(record, metrics) for record in records}
     if not any(judged.values()):
         return
     warnings, model = run.warnings(results.task), run.model(results.task)

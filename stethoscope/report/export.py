@@ -273,7 +273,7 @@ class RunExport:
         return str(uuid.UUID(bytes=digest.digest()[:16], version=4))
 
 
-def judge(record: Record, metrics: Sequence[str]) -> Judged | None:
+def outcome_of(record: Record, metrics: Sequence[str]) -> Judged | None:
     """Return the outcome of one sample by the counts of its score; None if its task judges no single answer.
 
     Args:

@@ -17,7 +17,7 @@ from stethoscope import __version__
 from stethoscope.core.files import replacing
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import REPLICATES
-from stethoscope.report.export import LIBRARY, Judged, RunExport, dumps, judge, judged_mentions, reference_texts
+from stethoscope.report.export import LIBRARY, Judged, RunExport, dumps, judged_mentions, outcome_of, reference_texts
 from stethoscope.storage.records import Record
 
 VERSION = 2
@@ -40,7 +40,7 @@ def _write_log(run: RunExport, results: TaskResults, folder: Path) -> Path:
     summaries, ids = [], []
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for record in run.records(results.task):
-            sample = sample_file(run, record, judge(record, metrics), warnings.get(record.sample_id, []))
+            sample = sample_file(run, record, outcome_of(record, metrics), warnings.get(record.sample_id, []))
             archive.writestr(f"samples/{record.sample_id}_epoch_1.json", dumps(sample))
             summaries.append(summary(sample))
             ids.append(record.sample_id)

@@ -13,7 +13,7 @@ from stethoscope.detection.detector_results import (
     DetectorResults,
     Difference,
     Leaderboard,
-    Row,
+    LeaderboardRow,
     read_interval,
 )
 from stethoscope.evaluation.given_answers import describe
@@ -121,7 +121,7 @@ def count_table(results: Sequence[TaskResults]) -> Table:
     return Table("samples", ("task", *COUNTS), tuple(rows), note)
 
 
-def shown_rows(leaderboard: Leaderboard) -> list[Row]:
+def shown_rows(leaderboard: Leaderboard) -> list[LeaderboardRow]:
     """Select detectors, published ones, the best single features and baselines, each by falling AUROC.
 
     Features of plugins are shown too, with their best column; of many such features only the best.
@@ -177,7 +177,7 @@ def select_metrics(columns: Mapping[str, str], compact: bool) -> dict[str, str]:
     return {metric: name for metric, name in columns.items() if not (compact and metric in PAGE_ONLY)}
 
 
-def _describe_selection(leaderboard: Leaderboard, rows: Sequence[Row]) -> str:
+def _describe_selection(leaderboard: Leaderboard, rows: Sequence[LeaderboardRow]) -> str:
     """Say how many single features are left out of the tables, so that nobody looks for theirs in vain."""
     measured, shown = (sum(row.kind == "feature" for row in part) for part in (leaderboard.rows, rows))
     if shown == measured:
@@ -199,7 +199,7 @@ def _left_out(leaderboard: Leaderboard) -> str:
     )
 
 
-def short_cost(row: Row) -> str:
+def short_cost(row: LeaderboardRow) -> str:
     """Label the most expensive cost class that a row reads; empty for baselines and rows without a cost."""
     return COSTS.get(row.cost, "")
 

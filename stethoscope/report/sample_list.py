@@ -13,7 +13,7 @@ from typing import Any
 from stethoscope.core.errors import ArtefactError, StethoscopeError
 from stethoscope.core.text import counted
 from stethoscope.diagnosis.verdict import mention_outcome
-from stethoscope.report.export import judge
+from stethoscope.report.export import outcome_of
 from stethoscope.report.run_source import RunReader, readable
 from stethoscope.storage.records import Record
 from stethoscope.storage.sample_notes import NOTES, Note, read_notes
@@ -291,7 +291,7 @@ def _row(record: Record, judged: Sequence[Mapping[Any, Any]], answer_length: int
     ]
     label, objects = record.reference.get("label"), record.reference.get("objects")
     counts = {} if record.score is None else record.score.counts
-    outcome = None if "captions" in counts else judge(record, ())
+    outcome = None if "captions" in counts else outcome_of(record, ())
     if not judged and outcome is None:  # where an answer is right or wrong, its mentions would only repeat that
         mentions = [
             [mention.object, UNJUDGED.get(mention.label, "not judged"), None, mention.start, mention.end]

@@ -17,7 +17,7 @@ from stethoscope.core.line_schemas import check_content
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
-from stethoscope.report.compare import TaskLoader, detector_table, first_task, is_seed, require_same, task_table
+from stethoscope.report.compare import TaskLoader, detector_table, first_task, is_seed, paired_table, require_same
 from stethoscope.report.console import print_table
 from stethoscope.report.metrics_tables import TITLES, metric_title, primary
 from stethoscope.report.run_report import table_page
@@ -297,7 +297,7 @@ def _differences(
                 if any(result.task == first_result.task for first_result in first.results):
                     name = f"{result.task} {result.primary}"
                     task = first_task(first, result.task, load_task)
-                    table = task_table(first, other, task, ("first", "other"))
+                    table = paired_table(first, other, task, ("first", "other"))
                     rows = [row for row in table.rows if row[0] == metric_title(task.primary)]
                     over_subsets = [row for row in rows if row[1] == "mean"]
                     for row in (over_subsets or rows)[:1]:  # none where one of the runs could not measure it

@@ -254,7 +254,7 @@ class Backtracker:
         """Whether earlier mentions decide about an object: it was taken back, or is judged once per answer."""
         return name in self.doubted or self.mentions.knows(name)
 
-    def judge(
+    def decide(
         self,
         mention: MentionCompleted,
         text: str,

@@ -227,7 +227,7 @@ class WarningStreamer(BaseStreamer):
         for mention in new:
             decided = traced and self._backtracker.has_decided(mention.name)
             completed = self._mentions.add(mention, spans, () if decided else self._mention_probabilities(answer))
-            rewind = self._backtracker.judge(completed, text, spans, self._ids, self.steps.logits)
+            rewind = self._backtracker.decide(completed, text, spans, self._ids, self.steps.logits)
             if rewind is not None:
                 self._take_back(rewind.kept, completed, self._backtracker.doubted[mention.name])
                 return rewind

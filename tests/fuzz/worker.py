@@ -180,7 +180,7 @@ class World:
             config.run = str(run)
             store = RunStore(run)
             for task in (*store.traced_tasks(), "chair"):
-                train.token_table(config, store, task, None)
+                train.read_token_rows(config, store, task, None)
                 store.model(task)
             store.metrics(), store.status(), store.fingerprints()
 

@@ -44,8 +44,8 @@ class ByName(Backtracker):
 
     least = 0.0
 
-    def judge(self, mention, *more):
-        return super().judge(replace(mention, probability=float(doubt(mention.object))), *more)
+    def decide(self, mention, *more):
+        return super().decide(replace(mention, probability=float(doubt(mention.object))), *more)
 
     def starts(self, mention, text, spans):
         return [mention.tokens[0]]

@@ -2,7 +2,7 @@ import pytest
 
 from stethoscope.commands.common import log_detector, logger_settings
 from stethoscope.core.component import compose
-from stethoscope.detection.detector_results import Leaderboard, Row
+from stethoscope.detection.detector_results import Leaderboard, LeaderboardRow
 from stethoscope.loggers.base import Logger, Loggers
 from stethoscope.metrics.bootstrap import Interval
 
@@ -30,7 +30,7 @@ def test_any_number_of_loggers(words, targets):
 
 def test_a_leader_board_has_flat_names_and_a_row_each():
     def row(name, kind, value):
-        return Row(name, kind, 1, {"auroc": Interval(value, value - 0.1, value + 0.1, 5, 3)}, "one pass")
+        return LeaderboardRow(name, kind, 1, {"auroc": Interval(value, value - 0.1, value + 0.1, 5, 3)}, "one pass")
 
     rows = [row("detector", "detector", 0.9), row("boosting", "detector", 0.8), row("svar", "published", 0.7)]
     rows += [row("position only", "baseline", 0.6), row("shuffled labels", "baseline", float("nan"))]

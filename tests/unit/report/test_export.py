@@ -17,7 +17,7 @@ from stethoscope.cli import main
 from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.files import read_json, read_jsonl
 from stethoscope.core.line_schemas import violation
-from stethoscope.report.export import ExportSettings, RunExport, export, judge
+from stethoscope.report.export import ExportSettings, RunExport, export, outcome_of
 from stethoscope.report.hub_export import push
 from stethoscope.report.run_source import RunReader
 
@@ -410,10 +410,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 
 def test_a_task_that_judges_no_answer_has_no_outcomes(testbed_run):
     record = next(RunReader.read(testbed_run).store.records("pope"))
-    assert judge(record, ["accuracy"]).metric == "accuracy"
+    assert outcome_of(record, ["accuracy"]).metric == "accuracy"
     from dataclasses import replace
 
     from stethoscope.core.types import Score
 
-    assert judge(replace(record, score=Score("ok", {"answers": 1.0})), ["length"]) is None
-    assert judge(replace(record, score=Score("ok", {"asked": 1, "right": 0})), ["Acc"]) == (0.0, False, "Acc")
+    assert outcome_of(replace(record, score=Score("ok", {"answers": 1.0})), ["length"]) is None
+    assert outcome_of(replace(record, score=Score("ok", {"asked": 1, "right": 0})), ["Acc"]) == (0.0, False, "Acc")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stethoscope.detection.detector_results import DetectorResults, Leaderboard, Row
+from stethoscope.detection.detector_results import DetectorResults, Leaderboard, LeaderboardRow
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.metrics_tables import SINGLE_FEATURES, leaderboard_tables, shown_rows
 
@@ -11,7 +11,7 @@ NAMES = [f"attn_image_l{layer:02d}" for layer in range(SINGLE_FEATURES + 20)]
 
 def row(name, kind, auroc):
     values = {"auroc": auroc, "auprc_hallucinated": 0.5, "base_rate": 0.25}
-    return Row(name, kind, 1, {key: Interval(value, value, value, 100, 50) for key, value in values.items()})
+    return LeaderboardRow(name, kind, 1, {key: Interval(value, value, value, 100, 50) for key, value in values.items()})
 
 
 def results(features, best, plugins=()):
