@@ -13,9 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.json_rows import clipped, read_rows, read_text, shown
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.tasks import yes_no
-from stethoscope.tasks.annotations import clipped, read_rows, read_text, shown, with_suffix
+from stethoscope.tasks.annotations import with_suffix
 from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
 from stethoscope.tasks.counts import CONFUSION, accuracy, confusion, f1, label_mentions, precision, ratio, recall
 from stethoscope.tasks.extraction import read_association

@@ -12,8 +12,9 @@ from pathlib import PurePath
 from typing import ClassVar
 
 from stethoscope.core.errors import DataError
+from stethoscope.core.json_rows import clipped, read_rows, shown
 from stethoscope.core.types import ImageRef, Sample
-from stethoscope.tasks.annotations import clipped, read_rows, shown, with_suffix
+from stethoscope.tasks.annotations import with_suffix
 from stethoscope.tasks.base import ScoredSample
 from stethoscope.tasks.counts import accuracy, f1, precision, recall, yes_rate
 from stethoscope.tasks.image_folder import ImageFolder

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.json_rows import clipped, read_rows, read_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
-from stethoscope.tasks.annotations import clipped, image_id, read_captions, read_instances, read_rows, read_text
+from stethoscope.tasks.annotations import image_id, read_captions, read_instances
 from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.counts import CHAIR_METRICS, complete_sentences, label_mentions, score_caption
 from stethoscope.tasks.extraction import COCO, beside_coco, load_extraction

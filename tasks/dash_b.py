@@ -11,8 +11,8 @@ from pathlib import PurePath
 from typing import ClassVar
 
 from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.json_rows import clipped, read_json, shown
 from stethoscope.core.types import Sample
-from stethoscope.tasks.annotations import clipped, read_json, shown
 from stethoscope.tasks.counts import recall, tnr, yes_rate
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.questions import (

@@ -16,9 +16,10 @@ import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import SUFFIXES
+from stethoscope.core.json_rows import shown
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.tasks import choice, yes_no
-from stethoscope.tasks.annotations import shown, with_suffix
+from stethoscope.tasks.annotations import with_suffix
 from stethoscope.tasks.base import Totals
 from stethoscope.tasks.counts import YES_NO_METRICS
 from stethoscope.tasks.questions import ACCURACY, ALL, QuestionTask, YesNoTask, question_text, share

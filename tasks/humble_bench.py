@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from stethoscope.core.errors import DataError
+from stethoscope.core.json_rows import read_rows, shown
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.tasks import choice
-from stethoscope.tasks.annotations import read_rows, shown
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.questions import ACCURACY, Metric, QuestionTask, label_text, question_text, share
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, setting_path

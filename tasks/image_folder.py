@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from stethoscope.core.errors import DataError
 from stethoscope.core.images import SUFFIXES, is_image_file
+from stethoscope.core.json_rows import shown
 from stethoscope.core.types import ImageRef
-from stethoscope.tasks.annotations import shown
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")

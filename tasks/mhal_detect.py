@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from stethoscope.core.errors import DataError, unknown
+from stethoscope.core.json_rows import clipped, read_rows, shown
 from stethoscope.core.types import Sample
-from stethoscope.tasks.annotations import clipped, image_id, read_rows, shown
+from stethoscope.tasks.annotations import image_id
 from stethoscope.tasks.halloc import GROUNDED, UNKNOWN_LABEL, WORD, GivenAnswers, LabelledSpan
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.questions import question_text

@@ -15,9 +15,10 @@ from typing import ClassVar
 import numpy as np
 
 from stethoscope.core.errors import DataError
+from stethoscope.core.json_rows import clipped, read_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.tasks import yes_no
-from stethoscope.tasks.annotations import clipped, read_text, with_suffix
+from stethoscope.tasks.annotations import with_suffix
 from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
 from stethoscope.tasks.counts import complete_sets, ratio, set_counts
 from stethoscope.tasks.image_folder import ImageFolder

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from stethoscope.core.errors import DataError
+from stethoscope.core.json_rows import shown
 from stethoscope.core.types import Answer, Mention, Sample
 from stethoscope.tasks import choice
-from stethoscope.tasks.annotations import shown
+from stethoscope.tasks.annotations import read_table
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.questions import ACCURACY, Metric, QuestionTask, label_text, question_text, set_share
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, setting_path
-from stethoscope.tasks.table_files import read_table
 
 COLUMNS = ("Index", "Question", "Options", "Correct Answer")
 SUFFIX = "Answer with the option's letter from the given choices directly."

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
 from stethoscope.core.errors import DataError, unknown
+from stethoscope.core.json_rows import clipped, shown
 from stethoscope.core.types import Answer, Mention, Sample
 from stethoscope.tasks import choice, yes_no
-from stethoscope.tasks.annotations import clipped, shown
+from stethoscope.tasks.annotations import TableImages, read_table
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.pope import asked_object
 from stethoscope.tasks.questions import ACCURACY, Metric, QuestionTask, question_text, set_share
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, setting_path
-from stethoscope.tasks.table_files import TableImages, read_table
 
 SUFFIXES = {
     "yes_no": "Please answer Yes or No.",

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from stethoscope.core.errors import DataError
+from stethoscope.core.json_rows import clipped, read_rows, shown
 from stethoscope.core.types import UNKNOWN, Sample
-from stethoscope.tasks.annotations import clipped, read_rows, shown, with_suffix
+from stethoscope.tasks.annotations import with_suffix
 from stethoscope.tasks.counts import recall, tnr, yes_rate
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.questions import TNR_PUBLISHED, TPR_PUBLISHED, Metric, YesNoTask, balanced, question_text

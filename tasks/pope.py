@@ -18,8 +18,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.json_rows import clipped, read_rows
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
-from stethoscope.tasks.annotations import clipped, read_rows, with_suffix
+from stethoscope.tasks.annotations import with_suffix
 from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.counts import YES_NO_METRICS, confusion
 from stethoscope.tasks.image_folder import ImageFolder

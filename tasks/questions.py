@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stethoscope.core.errors import DataError
+from stethoscope.core.json_rows import clipped, shown
 from stethoscope.core.types import Answer, Mention, Sample, Score
-from stethoscope.tasks.annotations import clipped, shown
 from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
 from stethoscope.tasks.counts import complete_sets, confusion, ratio, set_counts
 from stethoscope.tasks.sources import DataSource, SourceRow

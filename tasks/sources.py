@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
 from stethoscope.core.images import read_image
+from stethoscope.core.json_rows import clipped
 from stethoscope.core.types import ImageRef
-from stethoscope.tasks.annotations import clipped
 from stethoscope.tasks.image_folder import Bounds, ImageFolder
 
 if TYPE_CHECKING:

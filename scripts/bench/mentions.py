@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from stethoscope.core.errors import StethoscopeError
-from stethoscope.tasks.annotations import read_rows
+from stethoscope.core.json_rows import read_rows
 from stethoscope.tasks.object_extraction import NAMES, mentions
 
 WORDS = 80

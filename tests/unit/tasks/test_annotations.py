@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from stethoscope.core.errors import DataError
+from stethoscope.core.json_rows import read_rows
 from stethoscope.tasks.amber import Amber
-from stethoscope.tasks.annotations import image_id, read_instances, read_rows
+from stethoscope.tasks.annotations import image_id, read_instances
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.custom import Custom
 from stethoscope.tasks.halloc import HalLoc
