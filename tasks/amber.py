@@ -252,37 +252,43 @@ class Amber(Task):
         """Return descriptions and questions in the order of the authors' file."""
         return self._samples
 
-    def score(self, sample: Sample, answer: Answer) -> Score:
-        """Count nouns of a description, or the answer as a true or false no; ``unparsed`` if it cannot be read."""
-        counts = dict.fromkeys((*_CAPTION, *CONFUSION, *_PUBLISHED), 0.0)
+    def evaluate(self, sample: Sample, answer: Answer) -> tuple[Score, tuple[Mention, ...]]:
+        """Read the nouns of a description once, for its score and its mentions."""
         if sample.subset != "generative":
-            label, reply = sample.reference["label"], yes_no.PARSERS[self.parser](answer.text)
-            exact = yes_no.exact(answer.text)
-            missed = exact is None and label == "no"  # a no that was not said, though no yes was said either
-            published = confusion("yes" if missed else exact, label, positive="no")
-            counts |= confusion(reply, label, positive="no") | {"published_questions": 1.0}
-            counts |= {f"published_{name}": value for name, value in published.items()}
-            return Score("unparsed" if reply is None else "ok", counts, {"reply": reply, "label": label})
+            return super().evaluate(sample, answer)
+        nouns: list[TextMention] = self._nouns(answer.text)
+        names = [noun.name for noun in nouns]
+        verdicts = self._verdicts(sample, names)
+        mentions = label_mentions(nouns, [verdicts.labels[name] for name in names])
+        counts = dict.fromkeys((*_CAPTION, *CONFUSION, *_PUBLISHED), 0.0)
         if not answer.text.strip():
-            return Score("unparsed", counts, {"nouns": [], "invented": []})
-        nouns = [noun.name for noun in self._nouns(answer.text)]
-        verdicts = self._verdicts(sample, nouns)
+            return Score("unparsed", counts, {"nouns": [], "invented": []}), mentions
         truth, targets = sample.reference["truth"], sample.reference["hallu"]
-        invented = [noun for noun in nouns if verdicts.labels[noun] == 1]
-        values = (len(nouns), len(invented), 1, bool(invented), len(truth), len(verdicts.covered), len(targets))
+        invented = [name for name in names if verdicts.labels[name] == 1]
+        values = (len(names), len(invented), 1, bool(invented), len(truth), len(verdicts.covered), len(targets))
         counts |= dict(zip(_CAPTION, map(float, (*values, len(verdicts.fallen_for))), strict=True))
         fallen_for = [targets[index] for index in sorted(verdicts.fallen_for)]
-        return Score("ok", counts, {"nouns": nouns, "invented": invented, "fallen_for": fallen_for})
+        return Score("ok", counts, {"nouns": names, "invented": invented, "fallen_for": fallen_for}), mentions
+
+    def score(self, sample: Sample, answer: Answer) -> Score:
+        """Count nouns of a description, or the answer as a true or false no; ``unparsed`` if it cannot be read."""
+        if sample.subset == "generative":
+            return self.evaluate(sample, answer)[0]
+        label, reply = sample.reference["label"], yes_no.PARSERS[self.parser](answer.text)
+        exact = yes_no.exact(answer.text)
+        missed = exact is None and label == "no"  # a no that was not said, though no yes was said either
+        published = confusion("yes" if missed else exact, label, positive="no")
+        counts = dict.fromkeys((*_CAPTION, *CONFUSION, *_PUBLISHED), 0.0)
+        counts |= confusion(reply, label, positive="no") | {"published_questions": 1.0}
+        counts |= {f"published_{name}": value for name, value in published.items()}
+        return Score("unparsed" if reply is None else "ok", counts, {"reply": reply, "label": label})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return the nouns of a description, or of a question's answer the word yes, which claims what is asked."""
-        if sample.subset != "generative":
-            reply = yes_no.PARSERS[self.parser](answer.text)
-            return yes_no.claim(answer.text, reply, sample.reference["label"], sample.reference["object"])
-        nouns: list[TextMention] = self._nouns(answer.text)
-        names = [noun.name for noun in nouns]
-        labels = self._verdicts(sample, names).labels
-        return label_mentions(nouns, [labels[name] for name in names])
+        if sample.subset == "generative":
+            return self.evaluate(sample, answer)[1]
+        reply = yes_no.PARSERS[self.parser](answer.text)
+        return yes_no.claim(answer.text, reply, sample.reference["label"], sample.reference["object"])
 
     def _verdicts(self, sample: Sample, nouns: Sequence[str]) -> NounVerdicts:
         truth, targets = sample.reference["truth"], sample.reference["hallu"]

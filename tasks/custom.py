@@ -143,13 +143,22 @@ class Custom(Task):
         """Return the questions in the order of the file, or of the images' names."""
         return self._samples
 
+    def evaluate(self, sample: Sample, answer: Answer) -> tuple[Score, tuple[Mention, ...]]:
+        """Extract the objects of a caption once, for its score and its mentions."""
+        if self.kind not in ("caption", "unlabelled"):
+            return super().evaluate(sample, answer)
+        text, truth = answer.text, sample.reference.get("objects")
+        named = self._extract(text)
+        if truth is None:
+            return counts.unjudged_caption(text), counts.label_mentions(named, [-1] * len(named))
+        mentions = counts.label_mentions(named, [int(mention.name not in truth) for mention in named])
+        return counts.score_caption(text, [mention.name for mention in named], truth), mentions
+
     def score(self, sample: Sample, answer: Answer) -> Score:
         """Count what the kind asks for; ``unparsed`` for an empty answer or one that is no yes and no no."""
         text = answer.text
-        if self.kind == "unlabelled" and "objects" not in sample.reference:
-            return counts.unjudged_caption(text)
         if self.kind in ("caption", "unlabelled"):
-            return counts.score_caption(text, [word.name for word in self._extract(text)], sample.reference["objects"])
+            return self.evaluate(sample, answer)[0]
         if self.kind == "yes_no":
             reply, label = yes_no.PARSERS[self.parser](text), sample.reference["label"]
             status = "unparsed" if reply is None else "ok"
@@ -160,11 +169,7 @@ class Custom(Task):
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return the objects that a caption names, or the yes of a reply; a free answer has none."""
         if self.kind in ("caption", "unlabelled"):
-            named = self._extract(answer.text)
-            if "objects" not in sample.reference:
-                return counts.label_mentions(named, [-1] * len(named))
-            truth = set(sample.reference["objects"])
-            return counts.label_mentions(named, [int(mention.name not in truth) for mention in named])
+            return self.evaluate(sample, answer)[1]
         if self.kind == "yes_no":
             reply = yes_no.PARSERS[self.parser](answer.text)
             return yes_no.claim(answer.text, reply, sample.reference["label"], UNKNOWN)

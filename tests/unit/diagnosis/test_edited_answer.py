@@ -4,16 +4,31 @@ import json
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import stethoscope
 from stethoscope import testbed
 from stethoscope.core.types import Generation
-from stethoscope.diagnosis.edited_answer import describe_edit, edit_payload
+from stethoscope.diagnosis.edited_answer import compare_texts, describe_edit, edit_payload
 from stethoscope.diagnosis.run_diagnosis import diagnose
 from stethoscope.mitigation.answers import Ask, Drop, Rerank
 from stethoscope.tracing.mention_passes import yes_odds
 
 QUESTION = "Please describe this image in detail."
+
+
+TEXTS = st.lists(st.sampled_from(["a", " cat", "  ", ".", "\n", " dogs", "é"]), max_size=12).map("".join)
+
+
+@given(TEXTS, TEXTS)
+def test_the_pieces_of_two_texts_give_them_back(before, after):
+    left, right = compare_texts(before, after)
+    assert ("".join(text for _, text in left), "".join(text for _, text in right)) == (before, after)
+    common = ["".join(text for kind, text in pieces if kind == "same") for pieces in (left, right)]
+    assert common[0] == common[1]
+    assert {kind for kind, _ in left} <= {"same", "removed"}
+    assert {kind for kind, _ in right} <= {"same", "added"}
 
 
 @pytest.fixture(scope="module")

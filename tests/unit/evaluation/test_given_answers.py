@@ -159,6 +159,7 @@ def test_tasks_do_not_see_reasoning_and_mentions_keep_their_place():
     assert [text[item.start : item.end] for item in mentions] == ["dog", "dog"]
     assert [item.start for item in mentions] == [32, 42]
     assert answer.owners(mentions) == [None, mentions[0]]
+    assert TinyTask().evaluate_answer(sample(), answer) == (score, mentions)
 
 
 def test_prompts_and_log_probabilities_are_compared():

@@ -130,6 +130,15 @@ def test_labelled_mentions(task):
     ]
 
 
+def test_a_caption_is_read_once_for_its_score_and_its_mentions(task, monkeypatch):
+    sample, answer = task.samples()[0], reply("A dog, a puppy and two zebras.")
+    apart, read = (task.score(sample, answer), task.mentions(sample, answer)), type(task)._named
+    texts = []
+    monkeypatch.setattr(type(task), "_named", lambda self, text: texts.append(text) or read(self, text))
+    assert task.evaluate_answer(sample, answer) == apart
+    assert texts == [answer.text]
+
+
 def test_the_unfinished_sentence_of_a_cut_answer_can_be_left_out(instances, images):
     task = Chair("files", instances=str(instances), images=str(images), drop_incomplete=True)
     task.setup()
