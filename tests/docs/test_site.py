@@ -120,5 +120,5 @@ def test_search_finds_a_page(address, browser):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(f"{address}/index.html")
     page.fill(".md-search__input", "relevancy")
-    page.wait_for_selector(".md-search-result__link", timeout=20_000)
+    page.wait_for_selector(".md-search-result__link", timeout=120_000)
     page.close()

@@ -124,9 +124,10 @@ def free_port():
 @contextmanager
 def serving(scripted):
     """Serve on a free port of this machine within the block; gives the address of the API."""
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(scripted.app(), "127.0.0.1", port, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    listener = socket.create_server(("127.0.0.1", 0))  # held from here on: a port that is only free may be taken
+    port = listener.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(scripted.app(), log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
@@ -136,6 +137,7 @@ def serving(scripted):
     finally:
         server.force_exit = server.should_exit = True
         thread.join(10)
+        listener.close()
 
 
 if __name__ == "__main__":

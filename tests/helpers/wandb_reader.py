@@ -86,7 +86,7 @@ def _finished(path: Path, seconds: float) -> list[Any]:
         time.sleep(0.02)
 
 
-def read(folder: Path, seconds: float = 5.0) -> OfflineRun:
+def read(folder: Path, seconds: float = 60.0) -> OfflineRun:
     """All offline runs below ``folder``, in order of time, as the one run that they add up to.
 
     Waits up to ``seconds`` for each to be ended.

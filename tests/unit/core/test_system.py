@@ -107,7 +107,7 @@ def _unbuffered(descriptor):
 
 def run(command, **more):
     code = f"import sys; from stethoscope.cli import main; main({command!r})"
-    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=60, **more)
+    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=300, **more)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -35,7 +35,8 @@ def test_evidence_and_prior_add_up_to_the_probability(kind):
     detector = Detector(kind, factored=True, C=None if kind == "logistic" else 0.1).fit(TRAIN, CALIBRATION)
     why = detector.explain(TEST)
     assert expit(why.evidence + why.prior) == pytest.approx(detector.predict(TEST), abs=1e-12)
-    assert (why.probability == detector.predict(TEST)).all()
+    # not to the last bit: that of a product depends on where NumPy 1.26 has it in memory
+    assert why.probability == pytest.approx(detector.predict(TEST), abs=1e-15)
     assert (why.contributions is None) == (kind != "logistic")
     assert classification.ece(LABELS, why.probability) < 0.05
     assert classification.auroc(LABELS, why.probability) > 0.8

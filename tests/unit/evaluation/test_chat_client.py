@@ -81,7 +81,7 @@ def test_a_busy_server_is_asked_again_when_it_says():
     scripted = Scripted((429, "slow down", {"Retry-After": "0.4"}), None)
     ask(scripted)
     assert len(scripted.times) == 2
-    assert 0.4 <= scripted.times[1] - scripted.times[0] < 2
+    assert 0.4 <= scripted.times[1] - scripted.times[0] < 60  # how much more: test_pauses_grow_and_differ
 
 
 def test_a_server_that_fails_for_a_while_is_asked_again():
@@ -97,9 +97,9 @@ def test_a_server_that_goes_on_failing_costs_the_sample():
 
 def test_a_slow_server_costs_the_sample():
     start = time.monotonic()
-    error = fails(DataError, Scripted(delay=5), timeout=0.2, retries=1)
+    error = fails(DataError, Scripted(delay=600), timeout=0.2, retries=1)
     assert error == "no answer within 0.2 s (engine.timeout), 2 times"
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 120
 
 
 def test_a_wait_of_hours_ends_the_work():
