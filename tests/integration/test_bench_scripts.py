@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.check import slow_tests
+
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 
 
@@ -135,3 +137,18 @@ def test_the_table_of_two_checkouts_takes_ratios_pair_by_pair(monkeypatch):
         "1.20 (1.10-1.30)", "1.10 (1.00-1.20) |",
     ]  # fmt: skip
     sys.modules.pop("against_table")
+
+
+def test_slow_tests_begin_with_what_failed_never_ran_or_ran_long_ago():
+    records = {
+        name: {"passed": passed, "failed": failed, "day": day}
+        for name, passed, failed, day in [
+            ("good", "now", None, "2026-11-30"),
+            ("old", "before", None, "2026-11-02"),
+            ("older", "before", None, "2026-11-01"),
+            ("bad", "before", "now", "2026-11-30"),
+        ]
+    }
+    files = ["good", "old", "older", "bad", "new"]
+    assert slow_tests.order(files, records, "now") == ["bad", "new", "older", "old"]
+    assert slow_tests.order(["good"], records, "now+") == ["good"]  # files differ from the commit
