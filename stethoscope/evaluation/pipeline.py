@@ -170,9 +170,8 @@ class SamplePipeline:
 
     def _encode(self, sample: Sample) -> SampleState:
         """Encode a sample's prompt; add the recorded answer where only its token rows are missing."""
-        state, record = SampleState(sample), self._recorded(sample)
-        if record is not None and self.keeps_answers:
-            state.recorded = record
+        record = self._recorded(sample)
+        state = SampleState(sample, recorded=record if self.keeps_answers else None)
         if not self.run.adapter.has_model:  # a text is scored, and no picture opened for it
             return state
         with self._stage(state, "encode"):

@@ -17,7 +17,7 @@ from stethoscope.core.errors import ConfigError
 from stethoscope.evaluation.callbacks import SampleTable
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.loggers.base import Logger, Loggers, Marked, TablePicture
-from stethoscope.loggers.jsonl import JsonLogger
+from stethoscope.loggers.file_loggers import JsonLogger
 from stethoscope.loggers.wandb import WandbLogger
 from stethoscope.report import curves
 from stethoscope.report.examples import KINDS, LOGGED_COLUMNS, log_detector_files, read_examples

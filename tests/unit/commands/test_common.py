@@ -6,7 +6,7 @@ from stethoscope.detection.detector_results import Leaderboard, LeaderboardRow
 from stethoscope.loggers.base import Logger, Loggers
 from stethoscope.metrics.bootstrap import Interval
 
-WANDB, CSV = "stethoscope.loggers.wandb.WandbLogger", "stethoscope.loggers.csv.CsvLogger"
+WANDB, CSV = "stethoscope.loggers.wandb.WandbLogger", "stethoscope.loggers.file_loggers.CsvLogger"
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ WANDB, CSV = "stethoscope.loggers.wandb.WandbLogger", "stethoscope.loggers.csv.C
         (["logger=csv"], {"logger.csv": CSV}),
         (["logger=[csv,wandb]"], {"logger.csv": CSV, "logger.wandb": WANDB}),
         (["logger=[]"], {}),
-        (["logger=none"], {"logger.none": "stethoscope.loggers.jsonl.JsonLogger"}),
+        (["logger=none"], {"logger.none": "stethoscope.loggers.file_loggers.JsonLogger"}),
         (["~logger"], {}),
         (["+logger._target_=mine.Bare", "+logger.file=x"], {"logger": "mine.Bare", "logger.wandb": WANDB}),
     ],

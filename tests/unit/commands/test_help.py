@@ -101,6 +101,6 @@ def test_several_choices_of_a_group_are_explained():
     for line in (
         r"  # Weights & Biases, offline by default\.\n  wandb:",
         r"    mode: offline +# offline: write runs/<name>/wandb/",
-        r"  csv:\n    _target_: stethoscope.loggers.csv.CsvLogger\n    folder: csv +# of the files",
+        r"  csv:\n    _target_: stethoscope.loggers.file_loggers.CsvLogger\n    folder: csv +# of the files",
     ):
         assert re.search(line, text), text

@@ -10,7 +10,7 @@ from stethoscope.core.errors import ConfigError
 from stethoscope.evaluation.callbacks import SampleTable, Timing
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.loggers.base import Logger, Loggers
-from stethoscope.loggers.jsonl import JsonLogger
+from stethoscope.loggers.file_loggers import JsonLogger
 from stethoscope.loggers.wandb import WandbLogger
 
 

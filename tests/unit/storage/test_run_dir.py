@@ -16,7 +16,7 @@ from stethoscope.core.token_table import KEY_COLUMNS
 from stethoscope.core.types import Answer, Mention, Score
 from stethoscope.evaluation.cost_meter import CostMeter
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.loggers.csv import CsvLogger
+from stethoscope.loggers.file_loggers import CsvLogger
 from stethoscope.storage import tokens as tokens_module
 from stethoscope.storage.records import Record
 from stethoscope.storage.reuse import copy_task

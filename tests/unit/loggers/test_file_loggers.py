@@ -1,7 +1,7 @@
 import pandas as pd
 from helpers.logged_run import CURVE, FINALS, TEXT, log_everything
 
-from stethoscope.loggers.csv import CsvLogger
+from stethoscope.loggers.file_loggers import CsvLogger
 
 
 def test_pandas_reads_what_was_logged(tmp_path):
