@@ -80,7 +80,7 @@ def served(adapter, folder, reader, tmp_path_factory):
     pool = ModelPool(adapter, "testbed", runs=runs)
     with own_folder() as own:
         with pool.use("testbed"):
-            sessions = Sessions(own)
+            sessions = Sessions(own, grace=3600)  # none ends while a test is slow
             shown = Runs(runs, None, own, writable=True)
             screen = build_page(pool, shown, reader, write_examples(own, 1, 3), sessions)
         address = start(screen, "127.0.0.1", free_port(), sessions).rstrip("/")

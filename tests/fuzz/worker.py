@@ -24,7 +24,7 @@ from typing import Any
 
 DEFAULT_MODEL = ""
 KINDS = {"run": 50, "detector": 12, "model": 14, "data": 24}  # shares of the cases
-LONGEST = 60  # seconds of a case by the clock, after which its stack is printed and the process ends
+LONGEST = 300  # seconds of a case by the clock, after which its stack is printed and the process ends
 RUN_FILES = {
     "config.yaml": 8, "fingerprint.json": 8, "metrics.json": 5, "samples.jsonl": 5, "warnings.jsonl": 3,
     "maps.jsonl": 3, "tokens.parquet": 3, "status.json": 1, "environment.json": 1, "overrides.yaml": 1,
