@@ -8,7 +8,7 @@ import pytest
 from stethoscope.core.types import Answer, Mention, Score
 from stethoscope.report import sample_list
 from stethoscope.report.run_source import RunReader
-from stethoscope.report.sample_list import ANSWER_LENGTH, describe_limit, paired_rows, read_state, sample_rows
+from stethoscope.report.sample_list import ANSWER_LENGTH, paired_rows, read_state, sample_rows
 from stethoscope.storage.records import Record
 from stethoscope.storage.run_dir import RunStore
 
@@ -102,12 +102,12 @@ def test_two_runs_are_joined_by_picture_and_question(run_of):
 
 def test_a_list_that_is_cut_says_so(run_of, monkeypatch):
     first, other = run_of("first", [record("a"), record("b")]), run_of("other", [record("b"), record("a")])
-    assert describe_limit(first) == ""
+    assert sample_list._describe_limit(first) == ""
     monkeypatch.setattr(sample_list, "MOST_SAMPLES", 1)
     assert [row["sample"] for row in sample_rows(first)] == ["a"]
     rows, remark = paired_rows(first, other)
     assert ([row["sample"] for row in rows], remark) == (["a"], "")  # b is in both
-    assert describe_limit(first) == "chair: only the first 1 samples are listed."
+    assert sample_list._describe_limit(first) == "chair: only the first 1 samples are listed."
 
 
 def test_runs_that_share_nothing_say_so(run_of):
