@@ -476,14 +476,16 @@ def _recorded_rows(
 def _together(continued: Sequence[_Continuation]) -> Iterator[list[_Continuation]]:
     """Yield what shares a pass: sequences of about the same length, with small caches or as many as the prompts."""
     group: list[_Continuation] = []
+    total = 0  # bytes of the group's caches
     prompts = len({item.prompt for item in continued})
     for item in sorted(continued, key=lambda item: item.length):
-        total = sum(other.cache.nbytes for other in (*group, item))
+        nbytes = item.cache.nbytes
         padding = sum(item.length - other.length for other in group)
-        if group and (padding > _TOGETHER_ROWS or (total > _TOGETHER_BYTES and len(group) >= prompts)):
+        if group and (padding > _TOGETHER_ROWS or (total + nbytes > _TOGETHER_BYTES and len(group) >= prompts)):
             yield group
-            group = []
+            group, total = [], 0
         group.append(item)
+        total += nbytes
     if group:
         yield group
 
