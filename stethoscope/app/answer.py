@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -167,9 +168,13 @@ def generation(
         seed: of sampling.
 
     Raises:
-        ConfigError: a temperature is combined with beams, or a value is larger than the page offers.
+        ConfigError: a temperature is combined with beams, or a value is missing or larger than the page offers.
     """
-    if not (length <= MAX_LENGTH and beams <= MAX_BEAMS):  # NaN fails this too
+    values = {"temperature": temperature, "top-p": top_p, "beams": beams, "length": length, "seed": seed}
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"{name} should be a number, and {'is empty' if value is None else f'is {value!r:.20}'}")
+    if not (length <= MAX_LENGTH and beams <= MAX_BEAMS):
         raise ConfigError(f"{length} tokens and {beams} beams: at most {MAX_LENGTH} and {MAX_BEAMS} are written")
     if temperature > 0 and beams > 1:
         raise ConfigError(f"temperature {temperature:g} and {beams} beams exclude each other; set one back to 0 or 1")

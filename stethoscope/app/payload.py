@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 MAP_BYTES = 8 * 2**20  # of heat maps in a payload; for longer answers, layers are dropped
 ATTENTION_BYTES = 4 * 2**20  # of maps of raw attention; the page asks for those that do not fit
 
+_NUMBERS = count()  # of messages
 _ABSOLUTE = re.compile(r"(?<![\w./:\\-])(?:[A-Za-z]:\\|/)(?:[^\s/\\'\":;,]+(?: [^\s/\\'\":;,]+)*[/\\]+)*")
 """Root and folders of an absolute path, whose names may have blanks; not the path of a URL (``://``)."""
 
@@ -33,26 +35,36 @@ _ABSOLUTE = re.compile(r"(?<![\w./:\\-])(?:[A-Za-z]:\\|/)(?:[^\s/\\'\":;,]+(?: [
 def encode(kind: str, **parts: Any) -> str:
     """Encode a message for the page as JSON in which no text can be read as a tag.
 
+    Each has a number of its own, as Gradio calls the page's script for a new value only if it differs from the last.
+
     Args:
         kind: of message, as the page's script distinguishes them.
         parts: of the message, by key.
 
-    >>> encode("error", text="<script>")
-    '{"kind":"error","text":"\\\\u003cscript\\\\u003e"}'
+    >>> encode("error", text="<script>").partition(",")[0], "<" in encode("error", text="<script>")
+    ('{"kind":"error"', False)
     """
-    return json_text({"kind": kind, **parts})
+    return json_text({"kind": kind, "number": next(_NUMBERS), **parts})
 
 
-def message(text: str, kind: str = "hint", clear: bool = False, conversation: Mapping[str, Any] | None = None) -> str:
+def message(
+    text: str,
+    kind: str = "hint",
+    clear: bool = False,
+    conversation: Mapping[str, Any] | None = None,
+    aside: bool = False,
+) -> str:
     """Encode a line of text that is shown above the answer.
 
     Args:
         text: of the line.
-        kind: ``hint``, ``busy`` (the model is at work) or ``error``.
+        kind: ``hint``, ``busy`` (the model is at work), ``stopped`` (a complete answer stays, whatever ``clear`` is) or
+            ``error``.
         clear: whether to remove the last answer from the page.
         conversation: with ``clear``, what stays of the conversation, see ``conversation``; None for nothing.
+        aside: whether it is about something else than the answer that is being written, which goes on.
     """
-    return encode(kind, text=text, clear=clear, conversation=conversation)
+    return encode(kind, text=text, clear=clear, conversation=conversation, aside=aside)
 
 
 def turn(diagnosis: Diagnosis, answer_id: str) -> dict[str, Any]:
@@ -89,15 +101,18 @@ def conversation(turns: Sequence[AnswerSession], shown: str = "") -> dict[str, A
     return {"turns": [session.turn for session in turns], "shown": shown}
 
 
-def failure(error: Exception, clear: bool = False, conversation: Mapping[str, Any] | None = None) -> str:
+def failure(
+    error: Exception, clear: bool = False, conversation: Mapping[str, Any] | None = None, aside: bool = False
+) -> str:
     """Encode an error as a line above the answer, or instead of it; see ``error_text``.
 
     Args:
         error: that a request has raised.
         clear: whether to remove the last answer from the page, which belongs to another question.
         conversation: what stays of it, see ``message``.
+        aside: see ``message``.
     """
-    return message(error_text(error), "error", clear, conversation)
+    return message(error_text(error), "error", clear, conversation, aside)
 
 
 def error_text(error: Exception) -> str:

@@ -207,6 +207,10 @@ class Runs:
                 logger.info("no thumbnail of %s: %s", key, error)
         return payload.encode("thumbnails", run=name, pictures=pictures, request=request)
 
+    def wanted_figures(self, name: str | None, other: str | None = None) -> str:
+        """Encode that the figures of other runs are wanted, which the page asks for where they are seen."""
+        return payload.encode("figures", run=name or "", other=other or "", note="making the figures …", wanted=True)
+
     def figures(self, name: str | None, other: str | None = None) -> str:
         """Encode the page of a run's report, or of the comparison of two runs; an error is shown as a note in it.
 
@@ -214,21 +218,23 @@ class Runs:
             name: of the run, or ``ALL``, which have no figures in common; None if there is none.
             other: name of the run that is compared with it; None or empty for none.
         """
+        return payload.encode("figures", run=name or "", other=other or "", **self._figures(name, other))
+
+    def _figures(self, name: str | None, other: str | None) -> dict[str, str]:
         if name is None or name == ALL:
-            return payload.encode("figures", note=NO_RUN if name is None else NO_FIGURES)
+            return {"note": NO_RUN if name is None else NO_FIGURES}
         try:
             sources = [self.source(chosen) for chosen in (name, other) if chosen]
             waiting = _describe_progress(sources)
             if waiting:
-                return payload.encode("figures", note=f"There are figures once the run is finished. {waiting}")
+                return {"note": f"There are figures once the run is finished. {waiting}"}
             state = read_state([source.folder for source in sources])
             if other:
                 page, note = self._comparison(name, other, state)
-                return payload.encode("figures", page=page, note=note, title=f"{other} against {name}")
-            page = self._report(name, state)
+                return {"page": page, "note": note, "title": f"{other} against {name}"}
+            return {"page": self._report(name, state), "title": f"figures of {name}"}
         except Exception as error:
-            return payload.encode("figures", note=payload.error_text(error))
-        return payload.encode("figures", page=page, title=f"figures of {name}")
+            return {"note": payload.error_text(error)}
 
     def question(
         self, name: str, task: str, sample_id: str, pool: ModelPool, model: str, mention: int | None = None

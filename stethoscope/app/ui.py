@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,9 @@ def build_page(
                 parts = _ask_tab(pool, examples)
             with gr.Tab("Runs", id="run", elem_id="tab-run"):
                 browser = _run_tab(runs)
-        _wire_ask(pool, extractor, parts, sessions, examples)
-        _wire_run(pool, runs, extractor, parts, browser, tabs, sessions)
+        writing = _wire_ask(pool, extractor, parts, sessions, examples)
+        writing += _wire_run(pool, runs, extractor, parts, browser, tabs, sessions)
+        _wire_stop(parts, sessions, writing)
         page.unload(lambda: None)  # with this event, Gradio keeps a connection open, which keeps the session alive
     return page
 
@@ -86,8 +87,6 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
                 type="filepath", sources=["upload", "clipboard"], label="picture", height=260, elem_id="photograph",
                 buttons=[],
             )  # fmt: skip
-            # keep Gradio from decoding the file: it is read, and may be refused, where pictures for the model are
-            picture.preprocess = lambda upload: None if upload is None else upload.path
             shown = [
                 {"name": example.name, "picture": data_uri(read_image(example.file, example.name))}
                 for example in examples
@@ -140,16 +139,17 @@ def _wire_ask(
     parts: dict[str, Any],
     sessions: Sessions,
     examples: Sequence[ExamplePicture],
-) -> None:
+) -> list[Any]:
+    """Wire the first tab; return the events that show an answer."""
     truths = {file_digest(example.file): example.objects for example in examples}
 
-    def own_file(picture: str | None) -> Path | None:
-        return None if picture is None else sessions.own_file(picture)
+    def own_file(picture: Mapping[str, Any] | None) -> Path | None:
+        return None if picture is None else sessions.own_file(picture["path"])
 
     def ask(
         request: gr.Request,
         model: str,
-        picture: str | None,
+        picture: Mapping[str, Any] | None,
         text: str,
         temperature: float,
         top_p: float,
@@ -192,33 +192,16 @@ def _wire_ask(
             yield payload.failure(error)
             return
         conversation = sessions.conversation(str(request.session_hash))
-        for data, _ in answer.explain_again(pool, session, scope, extractor, conversation):
-            yield data
-
-    def wait_for_the_end(session_hash: str) -> Iterator[str]:
-        """Wait for the pass that the model is in: until it ends, Gradio drops another question in silence."""
-        if not sessions.wait_until_answered(session_hash, 0):
-            yield payload.message("stopping …", "busy")
-            sessions.wait_until_answered(session_hash, LONGEST_STOP)
-
-    def stop(request: gr.Request) -> Iterator[str]:
-        """Show what is left of the conversation."""
-        yield from wait_for_the_end(str(request.session_hash))
-        turns = sessions.conversation(str(request.session_hash))
-        yield payload.message("stopped", clear=True, conversation=payload.conversation(turns))
-
-    def begin_anew(request: gr.Request) -> Iterator[str]:
-        """Forget the conversation."""
-        yield from wait_for_the_end(str(request.session_hash))
-        sessions.set_conversation(str(request.session_hash), ())
-        yield payload.message(NEW_CONVERSATION, clear=True)
+        with sessions.answering(str(request.session_hash)):
+            for data, _ in answer.explain_again(pool, session, scope, extractor, conversation):
+                yield data
 
     def heads(request: gr.Request, event: gr.EventData) -> str:
         """Send the raw attention of one token's single heads, which did not fit into the answer's payload."""
         try:
             return answer.single_heads(pool, shown_session(request, event), getattr(event, "token", None))
         except Exception as error:
-            return payload.failure(error)
+            return payload.failure(error, aside=True)
 
     def export(request: gr.Request, event: gr.EventData) -> Any:
         """Send the diagnosis as a file."""
@@ -229,13 +212,13 @@ def _wire_ask(
             _warn(error)
             return gr.skip()
 
-    def check_picture(picture: str | None) -> tuple[Any, Any]:
+    def check_picture(picture: Mapping[str, Any] | None) -> tuple[Any, Any]:
         """Read a picture once it is uploaded: what cannot be read goes, and what browsers cannot show is converted."""
         try:
             file = own_file(picture)
             shown = None if file is None else answer.displayable(file)
         except Exception as error:
-            return None, payload.failure(error)
+            return None, payload.failure(error, aside=True)
         return gr.skip() if shown == file else str(shown), gr.skip()
 
     def pick(event: gr.EventData) -> Any:
@@ -247,16 +230,50 @@ def _wire_ask(
     names = ("model", "picture", "question", "temperature", "top_p", "beams", "length", "seed")
     inputs, view = [parts[name] for name in (*names, "mitigation", "detector", "square")], parts["view"]
     tracked = {**options, "show_progress": "minimal"}  # waiting.js reads how many wait
-    asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **tracked)
-    view.gradient(look_again, None, view, **tracked)
+    # Gradio would decode the picture: it is read, and may be refused, where pictures for the model are
+    raw = {"preprocess": False}
+    triggers = [parts["ask"].click, parts["question"].submit]
+    asking = gr.on(triggers, ask, inputs, view, trigger_mode="once", **tracked, **raw)
+    again = view.gradient(look_again, None, view, **tracked)
     view.heads(heads, None, view, **options)
     view.export(export, None, parts["download"], **options)
     quick = {**options, "concurrency_id": "picture"}
-    parts["picture"].change(check_picture, parts["picture"], [parts["picture"], view], **quick)
+    parts["picture"].change(check_picture, parts["picture"], [parts["picture"], view], **quick, **raw)
     parts["examples"].pick(pick, None, parts["picture"], **quick)
+    return [asking, again]
+
+
+def _wire_stop(parts: dict[str, Any], sessions: Sessions, writing: Sequence[Any]) -> None:
+    """Wire the buttons that end whatever shows an answer.
+
+    Args:
+        parts: of the first tab.
+        sessions: of the server.
+        writing: the events that show an answer.
+    """
+
+    def wait_for_the_end(session_hash: str) -> Iterator[str]:
+        """Wait for the pass that the model is in: until it ends, Gradio drops another question in silence."""
+        if not sessions.wait_until_answered(session_hash, 0):
+            yield payload.message("stopping …", "busy")
+            sessions.wait_until_answered(session_hash, LONGEST_STOP)
+
+    def stop(request: gr.Request) -> Iterator[str]:
+        """Show what is left of the conversation."""
+        yield from wait_for_the_end(str(request.session_hash))
+        turns = sessions.conversation(str(request.session_hash))
+        yield payload.message("stopped", "stopped", clear=True, conversation=payload.conversation(turns))
+
+    def begin_anew(request: gr.Request) -> Iterator[str]:
+        """Forget the conversation."""
+        yield from wait_for_the_end(str(request.session_hash))
+        sessions.set_conversation(str(request.session_hash), ())
+        yield payload.message(NEW_CONVERSATION, clear=True)
+
+    options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "stop"}
+    options["concurrency_limit"] = None
     for name, then in (("stop", stop), ("anew", begin_anew)):  # once nothing more of the answer can come
-        beside = {**options, "concurrency_id": "stop", "concurrency_limit": None}
-        parts[name].click(None, cancels=[asking]).then(then, None, view, **beside)
+        parts[name].click(None, cancels=writing).then(then, None, parts["view"], **options)
 
 
 def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Sessions) -> Iterator[str]:
@@ -269,8 +286,10 @@ def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Session
 
 def _run_tab(runs: Runs) -> dict[str, Any]:
     with gr.Row():
-        run = gr.Dropdown(_shown(runs), value=runs.first, label="run", elem_id="run", min_width=260)
-        other = gr.Dropdown(_others(runs), value=runs.other or "", label="beside it", elem_id="other", min_width=260)
+        run = gr.Dropdown(_shown(runs.names), value=runs.first, label="run", elem_id="run", min_width=260)
+        other = gr.Dropdown(
+            _others(runs.names), value=runs.other or "", label="beside it", elem_id="other", min_width=260
+        )
     with gr.Tabs():
         with gr.Tab("Samples"):
             script = asset("diagnosis/parts.js") + asset("report/samples.js")
@@ -287,15 +306,14 @@ def _run_tab(runs: Runs) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shown(runs: Runs) -> list[tuple[str, str]]:
+def _shown(names: Sequence[str]) -> list[tuple[str, str]]:
     """List the choices of what the list shows, with their values: every run, and all of them."""
-    names = runs.names
     return [*((name, name) for name in names), *([("all runs", ALL)] if names else [])]
 
 
-def _others(runs: Runs) -> list[tuple[str, str]]:
+def _others(names: Sequence[str]) -> list[tuple[str, str]]:
     """List the choices of a second run, with their values."""
-    return [("none", ""), *((name, name) for name in runs.names)]
+    return [("none", ""), *((name, name) for name in names)]
 
 
 def _wire_run(
@@ -306,7 +324,8 @@ def _wire_run(
     browser: dict[str, Any],
     tabs: gr.Tabs,
     sessions: Sessions,
-) -> None:
+) -> list[Any]:
+    """Wire the second tab; return the events that show an answer."""
     options = {"show_progress": "minimal", "api_visibility": "private"}
     chosen = [browser["run"], browser["other"]]
 
@@ -325,11 +344,14 @@ def _wire_run(
             _warn(error)
             yield (unchanged,) * 6
             return
-        listed = shown if shown == ALL or run == other else run  # the list stays as it is
+        # a run that is newer than the page is a choice from here on; the list of several runs stays as it is
+        stays = shown == ALL or run == other
+        listed = gr.update(choices=_shown(runs.names), value=shown if stays else run)
         inputs = gr.Tabs(selected="ask"), str(question.picture), question.text, question.model, listed
-        for data in _stored(answer.ask(pool, question, extractor), request, sessions):
-            yield *inputs, data
-            inputs = unchanged, *inputs[1:]  # Gradio mixes up a value and a skip in the steps of one event
+        with sessions.answering(str(request.session_hash)):
+            for data in _stored(answer.ask(pool, question, extractor), request, sessions):
+                yield *inputs, data
+                inputs = unchanged, *inputs[1:]  # Gradio mixes up a value and a skip in the steps of one event
 
     def thumbnails(event: gr.EventData) -> str:
         """Send small pictures of the samples that the list shows."""
@@ -340,9 +362,10 @@ def _wire_run(
     def refresh(event: gr.EventData) -> tuple[Any, ...]:
         """Send the list again if its runs have changed; whoever asks for it also sees runs that are new."""
         listing = runs.refreshed(str(event.run), str(event.other), str(event.state))
-        asked = event.asked is True
-        menus = (gr.update(choices=_shown(runs)), gr.update(choices=_others(runs))) if asked else (gr.skip(), gr.skip())
-        return gr.skip() if listing is None else listing, *menus
+        known = (str(name) for name in (event.run, event.other) if name and name != ALL)
+        names = list(dict.fromkeys([*runs.names, *known]))  # one that is shown may be gone
+        menus = gr.update(choices=_shown(names)), gr.update(choices=_others(names))
+        return gr.skip() if listing is None else listing, *(menus if event.asked is True else (gr.skip(), gr.skip()))
 
     def write_note(request: gr.Request, event: gr.EventData) -> Any:
         """Write a note on a sample, and send the list with it."""
@@ -369,12 +392,13 @@ def _wire_run(
     browser["list"].refresh(refresh, None, [browser["list"], *chosen], **quiet)
     browser["list"].note(write_note, None, browser["list"], **quiet)
     browser["list"].notes(save_notes, None, browser["saved"], **quiet)
-    empty = payload.encode("figures", note="")
+    in_turn = {"concurrency_id": "list", "concurrency_limit": 1}  # so that the last choice is what is shown
     for menu in chosen:
-        menu.change(runs.listing, chosen, browser["list"], **options)
-        menu.change(lambda: empty, None, browser["report"], **options)
+        menu.change(runs.listing, chosen, browser["list"], **options, **in_turn)
+        menu.change(runs.wanted_figures, chosen, browser["report"], **options, **in_turn)
     browser["figures"].select(runs.figures, chosen, browser["report"], **options)
+    browser["report"].draw(runs.figures, chosen, browser["report"], **options)
     inputs = [parts["model"], *chosen]
     outputs = [tabs, parts["picture"], parts["question"], parts["model"], browser["run"], parts["view"]]
-    for component in (browser["list"], parts["view"]):
-        component.look(open_sample, inputs, outputs, concurrency_id=MODEL, concurrency_limit=1, **options)
+    looks = (browser["list"].look, parts["view"].look)
+    return [look(open_sample, inputs, outputs, concurrency_id=MODEL, concurrency_limit=1, **options) for look in looks]

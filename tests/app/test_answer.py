@@ -259,6 +259,10 @@ def test_wrong_settings_are_refused():
         answer.generation(temperature=1, beams=2)
     with pytest.raises(ConfigError, match="max_new_tokens=0"):
         answer.generation(length=0)
+    with pytest.raises(ConfigError, match="seed should be a number, and is empty"):
+        answer.generation(temperature=0.5, seed=None)
+    with pytest.raises(ConfigError, match="temperature should be a number, and is nan"):
+        answer.generation(temperature=float("nan"))
     assert answer.generation(temperature=0.5, top_p=0.9, seed=3).seed == 3
 
 

@@ -352,6 +352,27 @@ def test_two_runs_are_set_side_by_side_and_one_in_progress_is_followed(page, ser
     frame = page.frame_locator("#figures iframe")
     frame.get_by_text("Detectors: beside against small").first.wait_for(timeout=60_000)
     take(page, "comparison", tmp_path)
+    page.locator("#other input").click()
+    page.get_by_role("option", name="none").click()  # while the figures are seen
+    page.wait_for_selector("#figures iframe[title='figures of small']", timeout=60_000)
+    assert page.locator("#figures iframe").is_visible()
+
+
+def test_a_run_that_is_newer_than_the_page_is_opened_by_its_link_and_may_go(page, served):
+    newer = shutil.copytree(served.runs / "small", served.runs / "newer")
+    try:
+        store = RunReader.read(newer).store
+        first, second = list(store.sample_ids("chair"))[:2]
+        page.goto(f"{served.address}/?run=newer&task=chair&sample={first}")
+        page.wait_for_selector(DONE, timeout=60_000)
+        assert text(page, "case-name").startswith(f"newer, chair: {first}")
+        page.click("#view [data-id=next]")
+        wait_for_words(page, "case-name", f"newer, chair: {second}")
+    finally:
+        shutil.rmtree(newer)
+    page.wait_for_selector(DONE, timeout=60_000)
+    page.click("#view [data-id=next]")
+    page.get_by_text("run='newer' is unknown").or_(page.get_by_text("unknown run")).first.wait_for()
 
 
 def test_samples_of_all_runs_are_one_list(page, served, beside, tmp_path):
@@ -423,6 +444,8 @@ def test_a_note_is_written_and_filtered_by(page, served, tmp_path):
         with page.expect_download() as download:
             page.get_by_role("button", name="save notes as JSON").click()
         [note] = json.loads(Path(download.value.path()).read_text())
+        with page.expect_download():  # the same once more
+            page.get_by_role("button", name="save notes as JSON").click()
         assert (note["label"], note["tags"]) == (0, ["hidden", "small"])
         assert note["author"]
     finally:
@@ -507,18 +530,53 @@ def test_an_answer_is_stopped(page, served, adapter, tmp_path):
         page.click("#ask")
         page.wait_for_selector("#view .st-caret")
         assert page.locator("#busy").is_hidden()  # asked anew
+        broken = tmp_path / "broken.png"
+        broken.write_text("no picture")
+        page.locator("#photograph button").first.click()  # takes the picture away
+        page.set_input_files("#photograph input[type=file]", broken)
+        page.wait_for_timeout(1000)
+        page.click("#ask")  # the answer is still being written
+        page.wait_for_selector("#busy:visible")
         page.click("#stop")
     wait_for_words(page, "status", "stopped")
+
+
+def test_what_is_looked_at_again_is_stopped_and_a_complete_answer_stays(page, served, adapter):
+    ask(page, next(served.own.glob("counter-000001*.png")))
+    shown = text(page, "answer")
+    hook = adapter.model.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+    try:
+        page.select_option("#view [data-id=scope]", "token")
+        wait_for_words(page, "status", "again")
+        page.click("#stop")
+        wait_for_words(page, "status", "stopped")
+    finally:
+        hook.remove()
+    page.wait_for_timeout(1000)
+    assert (text(page, "status"), text(page, "answer")) == ("stopped", shown)
+    assert page.locator("#view [data-id=scope]").input_value() == "row"
+    assert page.locator("#view [data-id=scope]").is_enabled()
 
 
 def text_of(page, selector):
     return page.locator(selector).inner_text()
 
 
-def test_what_is_no_picture_is_said(page, tmp_path):
+def test_what_is_no_picture_is_said(page, served, tmp_path):
     page.click("#ask")
     page.wait_for_selector("#view .st-error")
     assert "upload one" in text(page, "status")
+    page.fill("#question textarea", "")
+    for _ in range(3):  # the same error again and again
+        page.click("#ask")
+        wait_for_words(page, "status", "the question is empty")
+        page.wait_for_function("document.querySelector('#view').ariaBusy !== 'true'")
+        page.wait_for_timeout(500)
+    assert page.locator("#busy").is_hidden()  # no answer is being written
+    page.set_input_files("#photograph input[type=file]", next(served.own.glob("counter-*.png")))
+    page.wait_for_selector("#photograph img")
+    page.wait_for_timeout(500)
+    page.locator("#photograph button").first.click()
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")
     page.set_input_files("#photograph input[type=file]", broken)

@@ -10,6 +10,7 @@ function before() { // waiting ones up to this, less this, and the one that has 
 
 function tell() {
   soon = 0;
+  if (tracker.querySelector(".error")) ended(); // the request was refused before the app saw it, or the server is gone
   const shown = before();
   least = shown ? Math.min(shown, least) : Infinity; // nobody goes ahead of another: a larger number is an older one that came late
   const number = shown && least, next = number ? `waiting: ${counted(number, "question")} before yours …` : "";

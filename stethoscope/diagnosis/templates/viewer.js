@@ -581,13 +581,13 @@ function receive() {
   try { message = JSON.parse(props.value || "{}"); } catch (error) { say("what came from the server cannot be read", true); return; }
   if (message.kind === "heads") { receiveHeads(message); return; }
   $("tip").hidden = true; // it is about a word that may be gone
-  element.ariaBusy = message.kind === "busy" || message.kind === "writing";
-  if (!message.kind || message.kind === "hint" || message.kind === "error" || message.kind === "busy") {
+  if (!message.aside) element.ariaBusy = message.kind === "busy" || message.kind === "writing";
+  if (!message.kind || ["hint", "error", "busy", "stopped"].includes(message.kind)) {
     say(message.text || "", message.kind === "error");
     if (message.kind === "error") fetching = null;
     if (message.kind === "busy") $("scope").disabled = true;
-    if (message.kind === "error" && data) { $("scope").disabled = false; $("scope").value = data.scope || "row"; }
-    if (message.clear) {
+    if (["error", "stopped"].includes(message.kind) && data && !message.aside) { $("scope").disabled = false; $("scope").value = data.scope || "row"; }
+    if (message.clear && !(message.kind === "stopped" && data && data.kind === "done")) {
       data = null;
       conversation = message.conversation || null;
       turns(message.kind !== "busy");
