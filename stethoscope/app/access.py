@@ -64,8 +64,12 @@ def read_accounts(auth: str | None, public: bool) -> dict[str, str] | None:
     if auth == "none":
         return None
     lines, source = [auth], "auth"
-    file = Path(auth).expanduser()
-    if file.is_file():
+    try:
+        file = Path(auth).expanduser()
+        is_file = file.is_file()
+    except (OSError, ValueError, RuntimeError):  # a password that is no path: too long, or begins with ~
+        is_file = False
+    if is_file:
         try:
             lines, source = file.read_text("utf-8-sig").splitlines(), f"auth={auth}"
         except (OSError, UnicodeError) as error:

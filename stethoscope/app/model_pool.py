@@ -43,6 +43,9 @@ TRAIN_ONE = (
     "`stethoscope benchmark model={model}` trains one; then start the app again."
 )
 
+FileState = tuple[tuple[str, int, int], ...]
+"""Names, times of change and sizes of files."""
+
 
 @dataclass(frozen=True)
 class Detectors:
@@ -71,14 +74,14 @@ class Ready:
         adapter: the model, set up.
         detectors: for its answers.
         image_features: cache of the features of earlier pictures.
-        chosen: other detectors that users have chosen for it, by name.
+        chosen: other detectors that users have chosen for it, by name, with the state of their files.
         squared: the model with other ways to bring pictures to a square, by the names of ``Adapter.with_square``.
     """
 
     adapter: Adapter
     detectors: Detectors
     image_features: ImageFeatureCache
-    chosen: dict[str, Detectors] = field(default_factory=dict)
+    chosen: dict[str, tuple[FileState, Detectors]] = field(default_factory=dict)
     squared: dict[str, Adapter] = field(default_factory=dict)
 
     def with_square(self, square: str) -> Ready:
@@ -98,7 +101,7 @@ class ModelPool:
     """Models by name, loaded on first use; only one is in memory at a time, because models can be large.
 
     Args:
-        adapter: the first model.
+        adapter: the first model, not set up, or else its weights stay in memory beside those of other models.
         name: of the first model, one of ``conf/model`` or of the user's own configuration.
         detector: folder of a detector for the first model, or of a run that has one; ``auto`` for the newest in
             ``runs`` that was trained on exactly this model, or else the bundled one; None or ``none`` for no warnings.
@@ -152,10 +155,12 @@ class ModelPool:
             return ready.detectors
         if name not in self.detector_names:  # a name, never a path
             raise ConfigError(unknown("detector", name, self.detector_names))
-        if name not in ready.chosen:
-            folder = str(DETECTOR_DIR) if name == BUNDLED else str(self._runs / name)
-            ready.chosen[name] = self._load_detectors(ready.adapter, None if name == "none" else folder, None)
-        return ready.chosen[name]
+        folder = DETECTOR_DIR if name == BUNDLED else self._runs / name
+        state = () if name == "none" else _file_state(detector_folder(str(folder)))
+        if name not in ready.chosen or ready.chosen[name][0] != state:  # a run's detector may be replaced
+            loaded = self._load_detectors(ready.adapter, None if name == "none" else str(folder), None)
+            ready.chosen[name] = state, loaded
+        return ready.chosen[name][1]
 
     def mitigation(self, name: str, detectors: Detectors) -> Mitigation | None:
         """Build a mitigation by its name; None for ``none``.
@@ -211,7 +216,7 @@ class ModelPool:
             raise ConfigError(unknown("model", name, self.names))
         folder, live = self._first_folders
         if name == self.name:
-            adapter = self._first
+            adapter = copy(self._first)  # whose weights go with the copy when another model is loaded
         else:
             folder, live = None if folder is None else AUTO, None
             adapter = build(compose([f"+model={name}"]).model, Adapter, "model", self._plugins)
@@ -261,6 +266,12 @@ class ModelPool:
         if live is not None:
             raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")
         return Detectors(detector, origin=describe_origin(final), folder=final)
+
+
+def _file_state(folder: Path) -> FileState:
+    """Describe the files of a folder, so that two descriptions are equal while none has been replaced."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
 def _check_features(detector: Detector, adapter: Adapter) -> None:

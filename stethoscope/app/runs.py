@@ -70,7 +70,7 @@ class Runs:
         for path in self._named:
             RunReader.read(path, in_progress=True)
         self._writable, self._author = writable, author
-        self.other = None if other is None else other.resolve().name
+        self.other = next((name for name, path in self.folders.items() if path == other), None)
         self._picture_folder, self._plugins = picture_folder, plugins
         self._report = lru_cache(4)(self._report_page)
         self._comparison = lru_cache(4)(self._comparison_page)
@@ -80,9 +80,17 @@ class Runs:
     @property
     def folders(self) -> dict[str, Path]:
         """Return the readable run directories by name: those that the app was started with first, then the newest."""
-        files = sorted(self._folder.glob("*/samples.jsonl"), key=lambda path: -path.stat().st_mtime)
-        inside = {file.parent.name: file.parent for file in files if self._is_readable(file.parent)}
-        return {**{path.resolve().name: path for path in self._named}, **inside}
+        files = sorted(self._folder.glob("*/samples.jsonl"), key=_negative_mtime)
+        inside = [file.parent for file in files if self._is_readable(file.parent)]
+        named = [(path.resolve().name, path) for path in self._named] + [(path.name, path) for path in inside]
+        folders: dict[str, Path] = {}
+        for name, path in named:
+            parts, count = path.resolve().parts, 1
+            while name in folders and folders[name].resolve() != path.resolve():  # another run of the same name
+                count += 1
+                name = "/".join(parts[-count:])
+            folders.setdefault(name, path)
+        return folders
 
     @property
     def names(self) -> list[str]:
@@ -386,6 +394,13 @@ def _neighbours(source: RunReader, task: str, sample_id: str) -> dict[str, Any]:
         "index": index + 1,
         "count": len(ids),
     }
+
+
+def _negative_mtime(file: Path) -> float:
+    try:
+        return -file.stat().st_mtime
+    except OSError:  # the run was deleted since it was listed
+        return 0.0
 
 
 def _is_run(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import logging
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -57,14 +58,12 @@ class Session:
 
     Attributes:
         last_used: time of its last question or connection, in seconds of the clock of the sessions.
-        connections: number of open event streams.
         conversation: answers about the picture that is shown, the oldest first.
         files: its pictures, the oldest first.
         answered: set once nothing more of its last question is computed; None before the first.
     """
 
     last_used: float
-    connections: int = 0
     conversation: tuple[AnswerSession, ...] = ()
     files: list[Path] = field(default_factory=list)
     answered: threading.Event | None = None
@@ -90,6 +89,7 @@ class Sessions:
         self.folder = folder.resolve()
         self.grace, self._idle, self._clock = grace, idle, clock
         self._sessions: dict[str, Session] = {}
+        self._connections: Counter[str] = Counter()  # open event streams, also of pages whose session has ended
         self._lock = threading.RLock()
         self._shared: frozenset[Path] = frozenset()
         self._arriving = 0  # bytes of uploads that are on their way
@@ -156,19 +156,20 @@ class Sessions:
     def connection(self, session_hash: str) -> Iterator[None]:
         """Count an open event stream of a session inside the ``with`` block."""
         with self._lock:
-            session = self._get(session_hash)
-            session.connections += 1
+            self._get(session_hash)
+            self._connections[session_hash] += 1
         try:
             yield
         finally:
-            session.connections -= 1
-            session.last_used = self._clock()
+            with self._lock:
+                self._connections -= Counter([session_hash])
+                if session_hash in self._sessions:
+                    self._get(session_hash)
 
     @property
     def connections(self) -> int:
         """Count the open event streams of all sessions."""
-        with self._lock:
-            return sum(session.connections for session in self._sessions.values())
+        return self._connections.total()
 
     @contextmanager
     def upload(self, size: int) -> Iterator[str | None]:
@@ -200,9 +201,9 @@ class Sessions:
             ended = [
                 name
                 for name, session in self._sessions.items()
-                if now - session.last_used > (self._idle if session.connections else self.grace)
+                if now - session.last_used > (self._idle if self._connections[name] else self.grace)
             ]
-            closed = [name for name, session in self._sessions.items() if not session.connections and name not in ended]
+            closed = [name for name in self._sessions if not self._connections[name] and name not in ended]
             closed.sort(key=lambda name: self._sessions[name].last_used)
             ended += closed[: max(0, len(self._sessions) - len(ended) - MAX_SESSIONS)]
             for name in ended:

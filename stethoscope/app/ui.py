@@ -144,7 +144,8 @@ def _wire_ask(
     truths = {file_digest(example.file): example.objects for example in examples}
 
     def own_file(picture: Mapping[str, Any] | None) -> Path | None:
-        return None if picture is None else sessions.own_file(picture["path"])
+        path = None if picture is None else picture["path"]
+        return None if path is None else sessions.own_file(path)
 
     def ask(
         request: gr.Request,

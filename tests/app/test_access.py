@@ -197,6 +197,8 @@ def test_accounts_guard_every_route(monkeypatch):
 
 
 def test_accounts_are_read_from_the_setting_or_a_file(tmp_path):
+    for password in ("~nobody", "x" * 300, "a\0b"):  # no path of a file
+        assert read_accounts(f"~me:{password}", False) == {"~me": password}
     kept = tmp_path / "accounts"
     kept.write_text("me:a:b\n\nyou: c\n")
     assert read_accounts("me:secret", public=True) == {"me": "secret"}

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -138,6 +139,38 @@ def test_the_detector_that_judges_is_chosen_by_name(pool, reader, picture_file):
     assert "switched off" in shown["none"]["notes"][-2]
     for name in ("../small", str(testbed.DETECTOR_DIR)):  # names, never paths
         assert "unknown detector" in last(name)["text"]
+
+
+def test_a_detector_that_is_replaced_is_read_again(adapter, folder, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(folder / "small" / "detector", runs / "small" / "detector")
+    pool = ModelPool(adapter, "testbed", "none", runs=runs)
+    with pool.use("testbed") as ready:
+        first = pool.detectors(ready, "small")
+        assert pool.detectors(ready, "small") is first
+        changed = Detector.load(runs / "small" / "detector")
+        changed.threshold = 0.123
+        changed.save(runs / "small" / "detector")
+        assert pool.detectors(ready, "small").final.threshold == 0.123
+
+
+def test_the_first_model_goes_from_memory_when_another_is_loaded(tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    from stethoscope.adapters.hf import HfAdapter
+
+    built = lambda *_: HfAdapter(random_init="tiny", name="other")  # noqa: E731
+    monkeypatch.setattr("stethoscope.app.model_pool.build", built)
+    pool = ModelPool(HfAdapter(random_init="tiny", name="first"), "first", "none", runs=tmp_path)
+    with pool.use("first") as ready:
+        model = weakref.ref(ready.adapter.model)
+    del ready
+    with pool.use("testbed") as ready:
+        gc.collect()
+        assert (ready.adapter.name, model()) == ("other", None)
+    with pool.use("first") as ready:  # and is loaded again
+        assert ready.adapter.name == "first"
 
 
 def test_a_diagnosis_is_saved_as_a_file(pool, reader, ask):

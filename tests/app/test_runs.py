@@ -77,6 +77,29 @@ def test_thumbnails_of_samples(runs):
     assert json.loads(runs.thumbnails("../small", keys))["pictures"] == {}
 
 
+def test_a_picture_that_is_gone_leaves_those_of_other_samples(folder, tmp_path):
+    copied = shutil.copytree(folder / "small", tmp_path / "small")
+    file = copied / "samples.jsonl"
+    lines = file.read_text().splitlines()
+    [record] = [json.loads(line) for line in lines if '"counter-000007"' in line and '"chair"' in line]
+    changed = json.dumps(record | {"question": "What else?"})  # not the task's sample any more
+    file.write_text("".join((changed if json.loads(line) == record else line) + "\n" for line in lines))
+    shutil.rmtree(copied / "media", ignore_errors=True)
+    keys = ["chair\tcounter-000007", "chair\tcounter-000008"]
+    pictures = json.loads(Runs(tmp_path, None, tmp_path).thumbnails("small", keys))["pictures"]
+    assert list(pictures) == keys[1:]
+
+
+def test_two_runs_of_one_name_are_told_apart(folder, tmp_path):
+    mine = shutil.copytree(folder / "small", tmp_path / "mine" / "small")
+    runs = Runs(folder, mine, tmp_path)
+    assert (runs.names, runs.first) == (["small", f"{folder.name}/small"], "small")
+    assert [path.resolve() for path in runs.folders.values()] == [mine, folder / "small"]
+    both = Runs(tmp_path / "none", mine, tmp_path, other=folder / "small")
+    assert (both.names, both.other) == (runs.names, f"{folder.name}/small")
+    assert len(json.loads(both.listing("small", both.other))["rows"]) == 120
+
+
 def test_runs_are_chosen_by_name_alone(runs, folder, pool):
     for name in ("../small", str(folder / "small"), "", "smal"):
         with pytest.raises(ArtefactError, match="unknown run"):

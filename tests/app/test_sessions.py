@@ -91,6 +91,12 @@ def test_an_open_page_that_asks_nothing_is_forgotten_too(tmp_path, clock):
         clock.now += 2
         assert store.expire() == ["a"]
         assert store.conversation("a") == ()
+        store.set_conversation("a", ["another"])  # its user is back
+        clock.now += 600
+        assert store.expire() == []
+        assert (store.conversation("a"), store.connections) == (("another",), 1)
+    clock.now += 61
+    assert (store.expire(), store.connections) == (["a"], 0)
 
 
 def test_the_oldest_sessions_and_pictures_go_when_there_are_too_many(tmp_path, clock, monkeypatch):
