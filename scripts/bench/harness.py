@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -250,7 +251,12 @@ def _watch(arguments: Sequence[str], folder: Path, records: Path | None) -> tupl
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
-    return first, usage.ru_maxrss / (1 if sys.platform == "darwin" else 1000)
+    return first, largest_size(usage)
+
+
+def largest_size(usage: resource.struct_rusage) -> float:
+    """Return the largest resident size of a process in MB (10^6 bytes); it is told in KiB, but on macOS in bytes."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 # --- another checkout -------------------------------------------------------------------------------------------------
@@ -303,7 +309,7 @@ def _evaluate(python: str, run_dir: Path, scenes: int, options: argparse.Namespa
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (1 if sys.platform == "darwin" else 1000)
+    return usage.ru_utime + usage.ru_stime, largest_size(usage)
 
 
 if __name__ == "__main__":

@@ -99,10 +99,10 @@ def measure(
     """Return CPU seconds per answer of every way, the median over batches of ``size``."""
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-1, repeats):  # the first round warms up
-        start = max(number, 0) * size % len(encoded)
+        prompts = [encoded[(max(number, 0) * size + index) % len(encoded)] for index in range(size)]
         for name in list(ways)[:: 1 if number % 2 else -1]:
             before = time.process_time()
-            ways[name](encoded[start : start + size])
+            ways[name](prompts)
             spent[name] += [(time.process_time() - before) / size] * (number >= 0)
     return {name: statistics.median(seconds) for name, seconds in spent.items()}
 

@@ -47,10 +47,10 @@ class Resident(Callback):
 
 
 def resident() -> float:
-    """Return the resident size of this process in MB."""
+    """Return the resident size of this process in MB (10^6 bytes)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1000
+            return int(line.split()[1]) * 1024 / 1e6
     raise SystemExit("the resident size is read from /proc, which only Linux has")
 
 

@@ -9,7 +9,8 @@ after recalibration on 50 labelled pictures (mean and largest of 20 draws, judge
     python scripts/check/shift.py runs/shift --home runs/mine       # learn from a run that is there
     python scripts/check/shift.py runs/shift --scenes 100 --only noise photographs
 
-Photographs are random crops of those that come with scikit-learn, matplotlib and, if it is installed, scikit-image.
+Photographs are 100 random crops at most, of those that come with scikit-learn, matplotlib and, if it is installed,
+scikit-image.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def photographs() -> Iterator[Path]:
 
 def write_photographs(folder: Path, crops: int = 100) -> None:
     """Write random crops of photographs, a quarter to all of the shorter side, and annotations without any object."""
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)  # a call that was interrupted has made it
     rng, paths, images = np.random.default_rng(SEED), list(photographs()), []
     for number in range(min(crops, 100)):
         path = paths[number % len(paths)]
@@ -181,7 +182,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SHIFTS, default=list(SHIFTS))
     parser.add_argument("--seeds", type=int, default=100, help="of the count of false alarms")
     options = parser.parse_args()
-    runs = {name: make_run(options.out, name, options.scenes, options.home_scenes) for name in options.only}
+    shifts = [name for name in dict.fromkeys(["home", *options.only]) if name != "home" or options.home is None]
+    runs = {name: make_run(options.out, name, options.scenes, options.home_scenes) for name in shifts}
     table = RunStore(options.home or runs["home"]).tokens("chair")
     folds = split_folds(table["group"])
     detector = Detector(threshold=PROMISE).fit(table[folds["train"]], table[folds["calibration"]])
