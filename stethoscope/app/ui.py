@@ -272,9 +272,8 @@ def _wire_stop(parts: dict[str, Any], sessions: Sessions, writing: Sequence[Any]
         yield payload.message(NEW_CONVERSATION, clear=True)
 
     options = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "stop"}
-    options["concurrency_limit"] = None
     for name, then in (("stop", stop), ("anew", begin_anew)):  # once nothing more of the answer can come
-        parts[name].click(None, cancels=writing).then(then, None, parts["view"], **options)
+        parts[name].click(None, cancels=writing).then(then, None, parts["view"], concurrency_limit=None, **options)
 
 
 def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Sessions) -> Iterator[str]:

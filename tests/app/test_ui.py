@@ -15,7 +15,7 @@ from helpers.page_client import PATIENCE
 
 from scripts.bench.responsiveness import MOVE, SLIDERS
 from stethoscope import diagnose, testbed
-from stethoscope.app import payload
+from stethoscope.app import payload, sessions
 from stethoscope.core.text import percent as text_percent
 from stethoscope.core.types import Generation
 from stethoscope.diagnosis.verdict import mention_outcome
@@ -584,6 +584,17 @@ def test_what_is_no_picture_is_said(page, served, tmp_path):
     assert "'broken.png'" in text(page, "status")
     page.wait_for_selector("#photograph input[type=file]", state="attached")
     assert page.locator("#photograph img").count() == 0
+
+
+def test_a_question_that_is_refused_is_not_being_written(page, monkeypatch):
+    monkeypatch.setattr(sessions, "MAX_PENDING", 0)
+    for _ in range(2):
+        page.click("#ask")
+        page.wait_for_selector("#view .error", state="attached")
+        page.wait_for_timeout(600)
+    assert page.locator("#busy").is_hidden()
+    assert all("429" in line for line in page.failed)
+    page.failed.clear()
 
 
 @pytest.mark.parametrize("name", ["turned.jpg", "scan.tiff"])
