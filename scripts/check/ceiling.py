@@ -12,6 +12,10 @@ tell: objects too faint, or too much like others.
 For every split seed all are fitted and judged on the same images: the probe, our detector with the sets of features
 ``forward`` (one pass) and ``default`` (and a backward pass), and the published detectors that need one pass. The best
 of these is chosen on the test images, in its own favour. A last row judges ours on objects that it was never shown.
+
+    python scripts/check/ceiling.py runs/detectors --unlabelled runs/more   # features=default_verified, other pictures
+
+adds ours as it is when it also learns from the model's replies about further pictures, whose labels it does not read.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from stethoscope.storage.run_dir import RunStore
 
 SEED = 777  # of the pictures; those that models are judged on have another
 SETS = ("forward", "default")
+UNLABELLED = "default with unlabelled pictures"
 SHOWN = ("auroc", "auroc_controlled")
 HELD_OUT = 4  # parts of the objects, each of which is left out once
 
@@ -48,18 +53,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the split by image")
     parser.add_argument("--pictures", type=int, default=8000, help="that the probe learns from")
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--unlabelled", help="a run of other pictures with the model's verification, without labels")
     options = parser.parse_args()
     torch.manual_seed(0)
     adapter = stethoscope.load("testbed")
     table = mentions(RunStore(options.run).tokens("chair"))
     learned = testbed.scenes(options.pictures, seed=SEED)
+    further = None if options.unlabelled is None else mentions(RunStore(options.unlabelled).tokens("chair"))
+    if further is not None and set(further["group"]) & set(table["group"]):
+        parser.error(f"{options.unlabelled} shares pictures with {options.run}")
     probe = train(tokens_of(adapter, learned), presence(learned), options.epochs)
     table["ceiling"] = -present(adapter, probe, table)
     for seed in options.seeds:
         masks = split_folds(table["group"], seed=seed)
         folds = {name: table[mask].reset_index(drop=True) for name, mask in masks.items()}
         print(f"split seed {seed}: {folds['test']['group'].nunique()} test images, {len(folds['test'])} mentions")
-        compare(folds, seed)
+        compare(folds, seed, further)
 
 
 def mentions(table: pd.DataFrame) -> pd.DataFrame:
@@ -78,15 +87,19 @@ def present(adapter: stethoscope.adapters.base.Adapter, probe: Probe, table: pd.
     return scores[rows, table["object"].map(testbed.CATEGORIES.index)]
 
 
-def compare(folds: Mapping[str, pd.DataFrame], seed: int) -> None:
+def compare(folds: Mapping[str, pd.DataFrame], seed: int, further: pd.DataFrame | None = None) -> None:
     """Print the metrics of all detectors on the test fold, and the share of the gap that ours close."""
+    sets = SETS if further is None else (*SETS, UNLABELLED)
     test, own = folds["test"], tuple(name for name in feature_names(folds["test"]) if name != "ceiling")
     parts = {name: fold.drop(columns="ceiling") for name, fold in folds.items()}
     selection = {"subtokens": "first", "repeats": "first"}
     values = {"ceiling": test["ceiling"].to_numpy()}
-    for name in SETS:
-        detector = Detector(features=columns_of(named_set(name), own), seed=seed)
-        values[f"ours, {name}"] = detector.fit(parts["train"], parts["calibration"]).predict(parts["test"])
+    for name in sets:
+        train = parts["train"]
+        if name == UNLABELLED and further is not None:
+            train = pd.concat([train, further[list(train)].assign(label=-1)], ignore_index=True)
+        detector = Detector(features=columns_of(named_set(name.split()[0]), own), seed=seed)
+        values[f"ours, {name}"] = detector.fit(train, parts["calibration"]).predict(parts["test"])
     rivals = [method for method in available_methods(parts["train"]) if method.cost == FORWARD]
     values |= {method.name: score_published(method, parts, selection, seed).values for method in rivals}
     values["ours, default, unseen objects"] = unseen_objects(parts, columns_of(named_set("default"), own), seed)
@@ -98,7 +111,7 @@ def compare(folds: Mapping[str, pd.DataFrame], seed: int) -> None:
         if name in ("ceiling", *probabilities, *best.values()):
             ece = f", ece {figures[name, 'ece'][0]:.3f}" if name in probabilities else ""
             print(f"  {name:32}{', '.join(f'{m} {drawn.interval(figures[name, m])}' for m in SHOWN)}{ece}")
-    for name in SETS:
+    for name in sets:
         for metric in SHOWN:
             print(f"  {name} over {best[metric]}: {gap(figures, f'ours, {name}', best[metric], metric, drawn)}")
 

@@ -145,7 +145,8 @@ class Inputs:
         if not evidence:
             return model
         taught = self.taught and bool(self.hidden)
-        return VisualConsistency(model, len(evidence) + 1, count, C, taught, unlabelled, draft)
+        more = unlabelled if taught else None  # the evidence of others learns from labels alone
+        return VisualConsistency(model, len(evidence) + 1, count, C, taught, more, draft)
 
     def _before_evidence(self, matrix: np.ndarray) -> np.ndarray:
         """Return the own columns of rows of ``matrix`` as the classifier inside ``VisualConsistency`` gets them."""

@@ -61,9 +61,10 @@ class Detector:
             by a small network (``stethoscope.detection.hidden_probe``). If the training table also has
             ``verify_odds``, one of them learns from the model's own verification; prediction does not need it. False
             reads every dimension as a feature.
-        labels: ``all`` learns from judged mentions; ``few`` also from those without a label, by ``verify_odds``;
-            ``none`` ignores labels and takes the model's verification for the truth; how many mentions are wrong is
-            then estimated from the scores (``recalibration.mixture_line``).
+        labels: ``all`` learns from judged mentions, and its ``hidden_probe`` from the ``verify_odds`` of others too;
+            ``few`` learns all but the weights of its scores from ``verify_odds``; ``none`` ignores labels and takes the
+            model's verification for the truth; how many mentions are wrong is then estimated from the scores
+            (``recalibration.mixture_line``).
         threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a guarantee
             (``stethoscope.detection.risk_control``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
             ``"confidence": 0.95`` and ``"per_image"``, the most mentions that an image counts with, beside it or not.

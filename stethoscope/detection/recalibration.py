@@ -99,12 +99,14 @@ def reply_boundary(odds: np.ndarray, labels: np.ndarray) -> float:
     apart by it, and a model that says no by itself is believed.
 
     Args:
-        odds: (rows,) log-odds of a yes.
+        odds: (rows,) log-odds of a yes, NaN where the model was not asked.
         labels: (rows,) of 0 and 1, others where not known.
 
     >>> reply_boundary(np.array([1.0, 2.0, 6.0, 6.0, 7.0, 8.0]), np.full(6, -1)).__round__(2)
     2.42
     """
+    asked = np.isfinite(odds)
+    odds, labels = odds[asked], labels[asked]
     known = np.isin(labels, (0, 1))
     if len(np.unique(labels[known])) == 2:
         return float(np.quantile(odds[known], labels[known].mean()))

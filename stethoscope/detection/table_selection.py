@@ -117,15 +117,21 @@ class Selection:
         return rows.assign(label=(rows[TEACHER] < 0).astype(int))
 
     def unlabelled(self, table: pd.DataFrame) -> pd.DataFrame | None:
-        """Select the mentions without a label that the probe learns from; None unless ``labels`` is ``few``."""
-        if self.settings["labels"] != "few":
+        """Select the mentions without a label that the probe learns from; None for none.
+
+        Raises:
+            ConfigError: ``labels`` is ``few``, and the table has no verification.
+        """
+        labels = self.settings["labels"]
+        if labels == "none" or (labels == "all" and not (self.settings["hidden_probe"] and _verified(table))):
             return None
         rows = self._asked(mention_rows(table, self.settings["subtokens"], "all", judged=False))
-        return rows[rows["label"] < 0].reset_index(drop=True)
+        rows = rows[rows["label"] < 0].reset_index(drop=True)
+        return rows if labels == "few" or len(rows) else None
 
     def _asked(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Select the rows of mentions that the model was asked about."""
-        if TEACHER not in rows or not any(map(is_hidden, rows.columns)):
+        if not _verified(rows):
             raise ConfigError(
                 f"detector.labels={self.settings['labels']} needs hidden states and the model's verification of every "
                 "mention; compute features=default_verified"
@@ -187,6 +193,11 @@ class Selection:
         if not inputs.without_evidence:
             raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
         return replace(inputs, features=inputs.without_evidence)
+
+
+def _verified(table: pd.DataFrame) -> bool:
+    """Whether a table has the model's replies and states that they can teach."""
+    return TEACHER in table and any(map(is_hidden, table.columns))
 
 
 def _shifted(table: pd.DataFrame, boundary: float) -> pd.DataFrame:

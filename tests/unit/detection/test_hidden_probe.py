@@ -68,6 +68,22 @@ def test_scores_are_those_of_the_networks():
     np.testing.assert_allclose(probe.transform(holes), probe.transform(filled))
 
 
+def test_each_score_has_networks_of_its_own():
+    states = TEST[STATES].to_numpy(np.float64)
+    targets = np.column_stack([LABELS, expit(-TEST["verify_odds"])])
+    both = HiddenProbe.fit(states, targets, seed=3, members=2, epochs=4, taught_epochs=6)
+    labels = HiddenProbe.fit(states, targets, seed=3, members=2, epochs=4)
+    replies = HiddenProbe.fit(states, targets * [np.nan, 1], seed=3, members=2, epochs=6)
+    expected = np.column_stack([labels.transform(states)[:, 0], replies.transform(states)[:, 1]])
+    np.testing.assert_allclose(both.transform(states), expected, atol=1e-12)
+    unasked = np.arange(len(states)) % 3 == 0
+    targets[unasked, 1] = np.nan
+    part = HiddenProbe.fit(states, targets, members=1, epochs=1, taught_epochs=6)
+    targets[unasked, 0] = 1 - targets[unasked, 0]  # the labels of others do not reach the second score
+    other = HiddenProbe.fit(states, targets, members=1, epochs=1, taught_epochs=6)
+    assert np.array_equal(part.transform(states)[:, 1], other.transform(states)[:, 1])
+
+
 def test_gradient_and_steps_are_those_of_torch():
     random = np.random.default_rng(0)
     shapes = (5, 4), (4,), (4, 2), (2,)
@@ -121,6 +137,26 @@ def test_verification_teaches():
     taught = Detector(exclude=["verify_odds"], C=0.1).fit(few, CALIBRATION)
     alone = Detector(exclude=["verify_odds"], C=0.1).fit(few.assign(verify_odds=np.nan), CALIBRATION)
     assert area(taught) > area(alone)
+
+
+def test_replies_of_all_labelled_mentions_are_parted_too():
+    rows = TRAIN.assign(verify_odds=TRAIN["verify_odds"] + 4)
+    ready, readier = (
+        Detector(exclude=["verify_odds"], C=0.1).fit(rows.assign(verify_odds=rows["verify_odds"] + more), CALIBRATION)
+        for more in (0, 4)
+    )
+    np.testing.assert_allclose(ready.predict(UNTAUGHT), readier.predict(UNTAUGHT), atol=1e-3)
+
+
+def test_mentions_without_a_label_teach_by_their_replies():
+    known = TRAIN["group"].isin(TRAIN["group"].unique()[:20])
+    asked = TRAIN["verify_odds"].where(~known)
+    more, untold = (TRAIN.assign(label=TRAIN["label"].where(known, -1), verify_odds=odds) for odds in (asked, np.nan))
+    settings = {"exclude": ["verify_odds"], "C": 0.1}
+    taught = Detector(**settings).fit(more, CALIBRATION)
+    alone, without = (Detector(**settings).fit(rows, CALIBRATION) for rows in (more[known], untold))
+    assert area(taught) > area(alone) + 0.02
+    assert np.array_equal(alone.predict(UNTAUGHT), without.predict(UNTAUGHT))
 
 
 def test_scores_of_training_rows_are_made_without_the_image():

@@ -65,6 +65,16 @@ def test_without_labels_the_place_tells_more_too():
     assert classification.auroc(LABELS, seeing) > classification.auroc(LABELS, blind) + 0.03
 
 
+def test_mentions_without_a_label_say_nothing_of_places():
+    table = TRAIN.assign(hidden_last_q_d0000=TRAIN["nll"], verify_odds=-TRAIN["nll"])
+    known = table["group"].isin(table["group"].unique()[::2])
+    settings = {"exclude": ["verify_odds"], "C": 0.1}
+    mixed = Detector(**settings).fit(table.assign(label=np.where(known, table["label"], -1)))
+    alone = Detector(**settings).fit(table[known])
+    for name, array in mixed.model.model.grounding_.arrays().items():
+        assert np.array_equal(array, alone.model.model.grounding_.arrays()[name]), name
+
+
 def test_what_it_learns_from_was_made_without_the_image():
     """A classifier that had seen an image would be trusted too much, and one that knew how often an object is
     hallucinated would pass that on: with pure noise as evidence nothing is gained or lost."""
