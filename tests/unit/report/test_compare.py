@@ -63,7 +63,7 @@ def test_a_moved_folder_is_no_difference_but_another_parser_is(run_of):
 
 
 def test_samples_that_failed_in_one_run_count_in_neither(run_of):
-    table = compare.task_table(run_of("a", failed=["b"]), run_of("b"), Chair(), ("a", "b"))
+    table = compare.paired_table(run_of("a", failed=["b"]), run_of("b"), Chair(), ("a", "b"))
     lengths = next(row for row in table.rows if row[0] == "length")
     assert lengths[2].value == lengths[3].value == 5
     assert "1 samples that failed in one of the runs are left out" in table.note
@@ -74,7 +74,7 @@ def test_samples_that_only_one_run_has(run_of):
     with pytest.raises(ConfigError, match=r"common=true compares the samples that both have"):
         compare.require_same(few, many)
     compare.require_same(few, many, common=True)
-    table = compare.task_table(few, many, Chair(), ("few", "many"))
+    table = compare.paired_table(few, many, Chair(), ("few", "many"))
     assert next(row for row in table.rows if row[0] == "length")[3].value == 5
     assert "1 samples that only one of the runs has are left out, 1 are common" in table.note
 
