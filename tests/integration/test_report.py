@@ -234,7 +234,7 @@ def _tasks():
 def test_task_differences_are_paired_over_images(finished):
     """Against a bootstrap written out: images drawn once for both runs, CHAIR_i of their summed counts."""
     first, other = (RunReader.read(path) for path in _both(finished))
-    table = compare.task_table(first, other, Chair(), ("a", "b"))
+    table = compare.paired_table(first, other, Chair(), ("a", "b"))
     _, _, mine, theirs, difference = table.rows[0]
     stored = [source.results[1].interval("chair_i") for source in (first, other)]
     assert [mine, theirs] == stored
