@@ -149,10 +149,11 @@ def co_occurrence(samples: int = 4000) -> np.ndarray:
     Returns:
         float, (32, 32): share of the scenes with the row's category that also have the column's; the diagonal is 0.
     """
-    rng, together = random.Random("co-occurrence"), np.zeros((len(CATEGORIES), len(CATEGORIES)))
-    for _ in range(samples):
-        present = [INDEX[name] for name in sample_categories(rng, rng.choice(list(SETTINGS)), "prior")]
-        together[np.ix_(present, present)] += 1
+    rng, settings = random.Random("co-occurrence"), list(SETTINGS)
+    present = np.zeros((samples, len(CATEGORIES)))
+    for scene in present:
+        scene[[INDEX[name] for name in sample_categories(rng, rng.choice(settings), "prior")]] = 1
+    together = present.T @ present
     frequency = np.maximum(together.diagonal().copy(), 1)
     np.fill_diagonal(together, 0)
     return together / frequency[:, None]

@@ -202,14 +202,16 @@ def sample_categories(rng: random.Random, setting: str, mode: str) -> list[str]:
         chosen = rng.choices(anchors, [weights[name] for name in anchors])
         banned = partners(chosen[0])
     count = rng.choices(*_COUNTS[mode])[0]
+    boosts = {name: math.prod(boost(name, other) for other in chosen) for name in weights}
     while len(chosen) < count:
         pool = [name for name in weights if name not in chosen and name not in banned]
         if rng.random() < _FOREIGN[mode] or not pool:
             pool = [name for name in CATEGORIES if name not in chosen and name not in banned]
-            chosen.append(rng.choice(pool))
+            drawn = rng.choice(pool)
         else:
-            scores = [weights[name] * math.prod(boost(name, other) for other in chosen) for name in pool]
-            chosen.append(rng.choices(pool, scores)[0])
+            drawn = rng.choices(pool, [weights[name] * boosts[name] for name in pool])[0]
+        chosen.append(drawn)
+        boosts = {name: value * boost(name, drawn) for name, value in boosts.items()}
     rng.shuffle(chosen)
     return chosen
 
