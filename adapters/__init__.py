@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.component import build, choices, compose, is_located
-from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.core.errors import ConfigError, unknown, wrong_type
 
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
@@ -24,12 +24,14 @@ def load(model: str | Path, **settings: Any) -> Adapter:
         The adapter, its weights loaded.
 
     Raises:
-        ConfigError: an unknown name or setting.
+        ConfigError: an unknown name or setting, or neither text nor a path.
     """
     from omegaconf.errors import OmegaConfBaseException  # as late as ``compose`` needs the library
 
     from stethoscope.adapters.base import Adapter  # torch-free import of the package
 
+    if not isinstance(model, (str, Path)):
+        raise wrong_type("model", "a name of `stethoscope list model`, a hub id or a folder", model)
     known, model = choices("model"), str(model)
     if model not in known and not is_located(model):
         raise ConfigError(unknown("model", model, known))

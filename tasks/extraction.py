@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from stethoscope.core.component import import_name
-from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.errors import ConfigError, DataError, first_line, unknown, wrong_type
 from stethoscope.core.json_rows import read_json, read_text, shown
 from stethoscope.tasks import object_extraction
 from stethoscope.tasks.noun_extraction import CommonNouns, NounExtractor, Vocabulary
@@ -211,13 +211,19 @@ def load_extraction(choice: str, plugins: Iterable[str] | None = None, key: str 
 
 
 def as_extraction(choice: Extraction | MentionExtractor | str | None) -> Extraction:
-    """Return the extraction that a caller of Python means: a choice, a function, or None for ``coco``."""
+    """Return the extraction that a caller of Python means: a choice, a function, or None for ``coco``.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
     if choice is None or choice is object_extraction.mentions:
         return load_extraction(COCO)
     if isinstance(choice, Extraction):
         return choice
     if isinstance(choice, str):
         return load_extraction(choice)
+    if not callable(choice):
+        raise wrong_type("extraction", f"{', '.join(_KNOWN)}, or a function of a text", choice)
     name = getattr(choice, "__qualname__", type(choice).__qualname__)
     return Extraction(f"{getattr(choice, '__module__', '')}.{name}", choice, None)
 

@@ -39,6 +39,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def wrong_type(name: str, expected: str, value: object) -> ConfigError:
+    """Build the error about a value of a wrong type.
+
+    >>> str(wrong_type("folder", "a path", 4))
+    'folder should be a path, got int'
+    """
+    return ConfigError(f"{name} should be {expected}, got {type(value).__name__}")
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Write the message for an unknown name, with close matches or names that begin so, and the known names.
 

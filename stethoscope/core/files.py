@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stethoscope.core.errors import ArtefactError
+from stethoscope.core.errors import ArtefactError, wrong_type
 
 LARGEST_JSON, LARGEST_YAML = 2**28, 2**20
 """Largest files (bytes) that are read at once; a run's largest, the detector's metrics, has some 100 kB."""
@@ -29,6 +29,23 @@ _KINDS: dict[type, str] = {
     float: "a number",
     type(None): "null",
 }
+
+
+def as_path(path: object, name: str) -> Path:
+    """Return a path that a caller of Python gives.
+
+    Args:
+        path: text or a ``Path``.
+        name: of the argument, for the message.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    if isinstance(path, (str, os.PathLike)):
+        text = os.fspath(path)
+        if isinstance(text, str):
+            return Path(text)
+    raise wrong_type(name, "a path (text or Path)", path)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
-from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.errors import ConfigError, DataError, unknown, wrong_type
 
 if TYPE_CHECKING:
     import pandas as pd
 
+TABLE = "a token table (pandas.DataFrame), such as RunStore(...).tokens() reads"
 KEY_COLUMNS: dict[str, str] = {
     "task": "name of the task",
     "subset": "part of the task that is reported on its own",
@@ -54,13 +55,23 @@ class MentionSelection(TypedDict, total=False):
     repeats: Repeats
 
 
+def check_table(table: object) -> None:
+    """Check that an argument is a table; raise a ConfigError otherwise."""
+    if not hasattr(table, "columns"):
+        raise wrong_type("table", TABLE, table)
+
+
 def feature_names(table: pd.DataFrame) -> tuple[str, ...]:
     """List the feature columns, in the table's order.
 
     >>> import pandas as pd
     >>> feature_names(pd.DataFrame({"token": [0], "entropy": [0.1], "label": [1]}))
     ('entropy',)
+
+    Raises:
+        ConfigError: it is no table.
     """
+    check_table(table)
     return tuple(str(name) for name in table.columns if name not in KEY_COLUMNS)
 
 
@@ -106,8 +117,10 @@ def require(table: pd.DataFrame, columns: Iterable[str]) -> None:
     """Check that a table has the columns.
 
     Raises:
+        ConfigError: it is no table.
         DataError: one is missing; the message names it.
     """
+    check_table(table)
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise DataError(f"the token table has no column {', '.join(missing)}; create it with `stethoscope extract`")

@@ -15,7 +15,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
-from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.errors import ConfigError, DataError, wrong_type
 from stethoscope.core.images import file_digest, pixel_digest, read_image, rgb
 from stethoscope.core.text import counted
 
@@ -237,7 +237,7 @@ def with_limit(generation: Generation | None = None) -> Generation:
         ConfigError: it is no ``Generation``.
     """
     if generation is not None and not isinstance(generation, Generation):
-        raise ConfigError(f"generation should be a Generation(max_new_tokens=...), got {type(generation).__name__}")
+        raise wrong_type("generation", "a Generation(max_new_tokens=...)", generation)
     generation = generation or Generation()
     return replace(generation, max_new_tokens=128) if generation.max_new_tokens is None else generation
 

@@ -14,8 +14,9 @@ import pandas as pd
 from scipy.special import expit, logit
 from sklearn.base import BaseEstimator
 
-from stethoscope.core.errors import ArtefactError, ConfigError, DataError, first_line
-from stethoscope.core.token_table import FeatureSchema, Repeats, Subtokens, feature_names
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError, first_line, wrong_type
+from stethoscope.core.files import as_path
+from stethoscope.core.token_table import FeatureSchema, Repeats, Subtokens, check_table, feature_names
 from stethoscope.detection import artifact
 from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.design_matrix import Inputs, frequent_objects
@@ -182,11 +183,13 @@ class Detector:
             The detector itself.
 
         Raises:
-            ConfigError: a feature name or pattern fits no column.
+            ConfigError: a feature name or pattern fits no column, or a table is none.
             DataError: a fold has no judged rows or only one label, an image is in both folds, or a feature has no
                 value at all or an infinite one.
             ArtefactError: the two tables have different features.
         """
+        for table in (train, *([] if calibration is None else [calibration])):
+            check_table(table)
         self._model, self._inputs = None, Inputs()  # if fitting fails, the old model must not read the new columns
         train, calibration = tables = self._selection.centre_replies(train, calibration)
         unlabelled = self._selection.unlabelled(train)
@@ -423,6 +426,7 @@ class Detector:
             ArtefactError: the detector was not fitted, would not be read back, or the folder holds something else or
                 cannot be written.
         """
+        folder = as_path(folder, "folder")
         if self._model is None:
             raise ArtefactError("a detector that was not fitted cannot be saved; call fit first")
         try:
@@ -433,7 +437,7 @@ class Detector:
         manifest = self.manifest
         texts = {artifact.CARD: artifact.model_card(manifest)}
         monitor = {} if self.monitor is None else add_prefix("monitor", self.monitor.arrays())
-        artifact.write(Path(folder), {**self._model.arrays(), **monitor}, manifest, texts, check=type(self).load)
+        artifact.write(folder, {**self._model.arrays(), **monitor}, manifest, texts, check=type(self).load)
 
     def push_to_hub(
         self,
@@ -458,6 +462,8 @@ class Detector:
         Raises:
             ArtefactError: the detector was not fitted, or the hub refuses or cannot be reached.
         """
+        if not isinstance(repo_id, str):
+            raise wrong_type("repo_id", "the name of a repository (owner/name)", repo_id)
         if repo_id.startswith(("/", ".", "~")):
             raise ArtefactError(
                 f"{repo_id} is a path, not a repository (owner/name); `save` writes a detector to a path"
@@ -476,9 +482,10 @@ class Detector:
             token: of an account that may read a private repository.
 
         Raises:
+            ConfigError: ``name`` is no text and no path.
             ArtefactError: neither holds a detector, or it is damaged or not to be trusted; as ``load``.
         """
-        if Path(name).is_dir():
+        if as_path(name, "name").is_dir():
             return cls.load(name)
         if str(name).startswith(("/", ".", "~")):
             raise ArtefactError(f"there is no folder {name}")
@@ -492,10 +499,11 @@ class Detector:
             folder: that ``save`` wrote, or that of a run that has one.
 
         Raises:
+            ConfigError: the folder is no path.
             ArtefactError: the folder holds no detector, or one that is damaged, was changed, holds arrays that do
                 not fit its manifest, or has an estimator of a class that is not imported.
         """
-        folder = Path(folder)
+        folder = as_path(folder, "folder")
         if not (folder / artifact.MANIFEST).is_file() and (folder / "detector" / artifact.MANIFEST).is_file():
             folder /= "detector"
         arrays, values = artifact.read(folder)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from stethoscope.core.errors import ArtefactError, ConfigError
+from stethoscope.core.errors import ArtefactError, wrong_type
 from stethoscope.core.files import replacing
 from stethoscope.detection.artifact import MANIFEST, read_manifest
 from stethoscope.features.columns import check_same_model, states_of
@@ -66,7 +66,7 @@ def load_detector(detector: Detector | Path | str | None) -> Detector | None:
     if isinstance(detector, Detector):
         return detector
     if not isinstance(detector, (str, Path)):
-        raise ConfigError(f"a detector should be a Detector, or the path of one, got {type(detector).__name__}")
+        raise wrong_type("a detector", "a Detector, or the path of one", detector)
     return Detector.load(detector_folder(str(detector)))
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stethoscope.core.errors import ArtefactError, DataError, unknown
-from stethoscope.core.files import atomic_write, check_shape, read_bytes
+from stethoscope.core.files import as_path, atomic_write, check_shape, read_bytes
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.artifact import dump_arrays, load_arrays
 from stethoscope.detection.caption_objects import (
@@ -270,6 +270,7 @@ class TextOnlyDetector:
         Raises:
             ArtefactError: it was not fitted, or the file cannot be written.
         """
+        path = as_path(path, "path")
         if self._priors is None or self._trees is None:
             raise ArtefactError("this text-only detector was not fitted; there is nothing to save")
         parts = {**vars(self._priors), "trees": self._trees}
@@ -298,7 +299,7 @@ class TextOnlyDetector:
         Raises:
             ArtefactError: the file is missing, damaged, or of another version.
         """
-        file = str(files("stethoscope.detection").joinpath(SHIPPED)) if path is None else path
+        file = str(files("stethoscope.detection").joinpath(SHIPPED)) if path is None else as_path(path, "path")
         data = read_bytes(file)
         try:
             return cls._restore(*load_arrays(data))

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.core.errors import CapabilityError, ConfigError, wrong_type
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis import render
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict, rounded
@@ -197,6 +198,9 @@ class Diagnosis:
 
     def _check_indices(self, token: int, layer: int) -> None:
         layers = self._relevancy.image.shape[1]
+        for name, index in (("token", token), ("layer", layer)):
+            if not isinstance(index, Integral):
+                raise wrong_type(name, "a whole number", index)
         if not -len(self) <= token < len(self):
             raise ConfigError(f"token={token} is not one of the answer's {len(self)} tokens, 0 to {len(self) - 1}")
         if not -layers <= layer < layers:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters.base import check_asked
-from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, wrong_type
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Picture, Sample, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.answer_verdicts import (
@@ -80,9 +80,9 @@ def diagnose(
             model is asked one question at a time.
         ArtefactError: the folder holds no detector.
     """
-    _check_arguments(adapter, question, scope, asks)
+    _check_arguments(adapter, question, scope, asks, truth, mentions)
     if answer is not None and not isinstance(answer, (str, Answer)):
-        raise ConfigError(f"answer should be a text or an Answer of the model, got {type(answer).__name__}")
+        raise wrong_type("answer", "a text or an Answer of the model", answer)
     generation = with_limit(generation)
     detector = load_detector(detector)
     seconds: dict[str, float] = {}
@@ -145,12 +145,27 @@ def diagnose(
     )
 
 
-def _check_arguments(adapter: Adapter, question: str, scope: str, asks: str) -> None:
+def _check_arguments(
+    adapter: Adapter,
+    question: str,
+    scope: str,
+    asks: str,
+    truth: Collection[str] | None,
+    mentions: Sequence[Mention] | None,
+) -> None:
     check_asked(adapter, question)
     if scope not in ("row", "token"):
         raise ConfigError(f"scope={scope!r} should be row or token")
     if asks not in ("question", "description"):
         raise ConfigError(f"asks={asks!r} should be question or description")
+    if truth is not None and (isinstance(truth, (str, bytes)) or not isinstance(truth, Collection)):
+        raise wrong_type("truth", "a list of names of objects", truth)
+    listed = mentions is None or (isinstance(mentions, Sequence) and not isinstance(mentions, (str, bytes)))
+    if not listed:
+        raise wrong_type("mentions", "a list of Mention", mentions)
+    for mention in mentions or ():
+        if not isinstance(mention, Mention):
+            raise wrong_type("mentions", "a list of Mention", mention)
 
 
 @contextmanager

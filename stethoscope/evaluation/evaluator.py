@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.core.errors import ConfigError, unknown, wrong_type
+from stethoscope.core.files import as_path
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.distributed import MEETING_MINUTES
@@ -14,13 +15,11 @@ from stethoscope.evaluation.pipeline import Features, SamplePipeline
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.evaluation.session import RunSession
 from stethoscope.loggers.base import Logger, Loggers
+from stethoscope.storage.logged_answers import AnswerLog
 from stethoscope.storage.run_dir import Overwrite
 
 if TYPE_CHECKING:
-    import os
-
     from stethoscope.adapters.base import Adapter
-    from stethoscope.storage.logged_answers import AnswerLog
     from stethoscope.tasks.base import Task
 
 
@@ -73,7 +72,7 @@ class Evaluator:
             answer_ids: take the log's token ids, where it has them; False tokenises every text again.
 
         Raises:
-            ConfigError: a value is out of range, or ``answers`` go with ``overwrite="features"``.
+            ConfigError: a value is out of range or of a wrong type, or ``answers`` go with ``overwrite="features"``.
         """
         for name, value, allowed in (
             ("on_error", on_error, ("record", "raise")),
@@ -94,11 +93,18 @@ class Evaluator:
             or not meeting_minutes > 0
         ):
             raise ConfigError(f"meeting_minutes={meeting_minutes!r} should be a number above 0")
+        for name, items in (("callbacks", callbacks), ("loggers", loggers)):
+            if isinstance(items, (str, bytes)) or not isinstance(items, (Iterable, Loggers)):
+                raise wrong_type(name, f"a list of {name}", items)
+        if not isinstance(generation, Generation):
+            raise wrong_type("generation", "a Generation(max_new_tokens=...)", generation)
+        if answers is not None and not isinstance(answers, (AnswerLog, str, os.PathLike)):
+            raise wrong_type("answers", "an AnswerLog, or the path of a log", answers)
         self.callbacks = tuple(callbacks)
         self.loggers = loggers if isinstance(loggers, Loggers) else Loggers(loggers)
         self.limit, self.fast_dev_run, self.batch_size = limit, fast_dev_run, batch_size
         self.generation, self.features, self.trace = generation, features, trace
-        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.run_dir = None if run_dir is None else as_path(run_dir, "run_dir")
         self.on_error = "raise" if fast_dev_run else on_error
         self.overwrite, self.seed, self.meeting_minutes = overwrite, seed, meeting_minutes
         self.answers, self.answer_ids = answers, answer_ids

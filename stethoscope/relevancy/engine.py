@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown, wrong_type
 from stethoscope.core.types import Answer
 from stethoscope.relevancy.attention_backward import default_budget
 from stethoscope.relevancy.backward_pass import BackwardPass
@@ -376,7 +376,7 @@ def token_relevancy(
     if isinstance(answer, str):
         answer = adapter.answer(encoded, answer)
     elif not isinstance(answer, Answer):
-        raise ConfigError(f"answer should be a text or an Answer of the model, got {type(answer).__name__}")
+        raise wrong_type("answer", "a text or an Answer of the model", answer)
     return answer_relevancy(adapter, encoded, answer, scope=scope, **options)
 
 

@@ -18,6 +18,7 @@ from stethoscope.core.component import TARGET, build, import_class
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import (
+    as_path,
     atomic_write,
     check_shape,
     damaged,
@@ -71,7 +72,7 @@ class RunStore:
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
         """Name the directory; nothing is read or created."""
-        self.run_dir = Path(run_dir)
+        self.run_dir = as_path(run_dir, "run_dir")
         self.token_files = TokenFiles(self.run_dir)
         self.record_files = RecordFiles(self.run_dir, self.token_files)
         self.samples_file = self.record_files.main

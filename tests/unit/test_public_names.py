@@ -5,9 +5,11 @@ import io
 import pytest
 
 import stethoscope
-from stethoscope import testbed
-from stethoscope.core.errors import StethoscopeError
+from stethoscope import Detector, Evaluator, testbed
+from stethoscope.core.errors import ConfigError, StethoscopeError
+from stethoscope.detection.text_only import TextOnlyDetector
 from stethoscope.relevancy import token_relevancy
+from stethoscope.storage.run_dir import RunStore
 
 QUESTION = "Is there a dog in the image?"
 
@@ -71,3 +73,52 @@ def test_wrong_types_are_one_line(adapter, picture, call, words):
         call(adapter, picture)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: stethoscope.load(5), "hub id or a folder, got int"),
+        (lambda: Detector.load(5), "folder should be a path (text or Path), got int"),
+        (lambda: Detector.from_pretrained(None), "name should be a path"),
+        (lambda: Detector().save(b"a"), "folder should be a path (text or Path), got bytes"),
+        (lambda: Detector().push_to_hub(5), "(owner/name), got int"),
+        (lambda: Detector().fit(5), "token table (pandas.DataFrame)"),
+        (lambda: Detector(labels="few").fit([5]), "token table (pandas.DataFrame)"),
+        (lambda: Detector.load(testbed.DETECTOR_DIR).predict([5]), "token table (pandas.DataFrame)"),
+        (lambda: Detector.load(testbed.DETECTOR_DIR).recalibrate([5]), "token table (pandas.DataFrame)"),
+        (lambda: Evaluator(run_dir=5), "run_dir should be a path"),
+        (lambda: Evaluator(answers=5), "answers should be an AnswerLog"),
+        (lambda: Evaluator(callbacks=5), "callbacks should be a list"),
+        (lambda: Evaluator(loggers="csv"), "loggers should be a list"),
+        (lambda: Evaluator(generation=5), "should be a Generation(max_new_tokens=...), got int"),
+        (lambda: RunStore(5), "run_dir should be a path"),
+        (lambda: TextOnlyDetector.load(5), "path should be a path"),
+    ],
+)  # fmt: skip
+def test_wrong_types_without_a_model_are_one_line(call, words):
+    with pytest.raises(ConfigError) as raised:
+        call()
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("truth", 5, "truth should be a list"),
+        ("truth", "dog", "truth should be a list"),
+        ("mentions", 5, "mentions should be a list of Mention, got int"),
+        ("mentions", ["dog"], "mentions should be a list of Mention, got str"),
+        ("extraction", 5, "extraction should be coco"),
+    ],
+)
+def test_wrong_types_of_what_is_known_are_one_line(adapter, picture, name, value, words):
+    with pytest.raises(ConfigError, match=words):
+        stethoscope.diagnose(adapter, picture, QUESTION, "A dog.", **{name: value})
+
+
+def test_a_token_that_is_no_number_is_one_line(adapter, picture):
+    diagnosis = stethoscope.diagnose(adapter, picture, QUESTION, "A dog.")
+    with pytest.raises(ConfigError, match="token should be a whole number, got str"):
+        diagnosis.picture("dog")
