@@ -193,13 +193,12 @@ class Runs:
         content = json.dumps([note.to_dict() for note in notes], indent=1, ensure_ascii=False)
         return payload.encode("file", name="notes.json", type="application/json", content=content)
 
-    def thumbnails(self, name: str, keys: Sequence[str], request: int = 0) -> str:
+    def thumbnails(self, name: str, keys: Sequence[str]) -> str:
         """Encode small pictures of samples for the list; what cannot be had is left out.
 
         Args:
             name: of the run, or ``ALL``.
             keys: task and id of every sample, with a tab between them; for ``ALL`` the run and another tab before.
-            request: number of the request, so that no two answers are equal, of which the page would see one.
         """
         pictures: dict[str, str] = {}
         runs = self._every_run() if name == ALL else {}
@@ -213,7 +212,7 @@ class Runs:
                     pictures[key] = data_uri(self._read_picture(source, record, []), THUMBNAIL)
             except StethoscopeError as error:  # the list is of use without pictures
                 logger.info("no thumbnail of %s: %s", key, error)
-        return payload.encode("thumbnails", run=name, pictures=pictures, request=request)
+        return payload.encode("thumbnails", run=name, pictures=pictures)
 
     def wanted_figures(self, name: str | None, other: str | None = None) -> str:
         """Encode that the figures of other runs are wanted, which the page asks for where they are seen."""

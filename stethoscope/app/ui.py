@@ -174,8 +174,7 @@ def _wire_ask(
             turns = sessions.conversation(str(request.session_hash))
             yield payload.failure(error, True, payload.conversation(turns))
             return
-        with sessions.answering(str(request.session_hash)):
-            yield from _stored(answer.ask(pool, question, extractor), request, sessions)
+        yield from _stored(answer.ask(pool, question, extractor), request, sessions)
 
     def shown_session(request: gr.Request, event: gr.EventData) -> answer.AnswerSession:
         """Return the session of the answer that an event of the viewer is about."""
@@ -278,10 +277,11 @@ def _wire_stop(parts: dict[str, Any], sessions: Sessions, writing: Sequence[Any]
 
 def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Sessions) -> Iterator[str]:
     """Yield the JSON of every step, and store the conversation up to the answer in the request's session."""
-    for data, session in steps:
-        if session is not None:
-            sessions.set_conversation(str(request.session_hash), session.conversation)
-        yield data
+    with sessions.answering(str(request.session_hash)):
+        for data, session in steps:
+            if session is not None:
+                sessions.set_conversation(str(request.session_hash), session.conversation)
+            yield data
 
 
 def _run_tab(runs: Runs) -> dict[str, Any]:
@@ -348,16 +348,14 @@ def _wire_run(
         stays = shown == ALL or run == other
         listed = gr.update(choices=_shown(runs.names), value=shown if stays else run)
         inputs = gr.Tabs(selected="ask"), str(question.picture), question.text, question.model, listed
-        with sessions.answering(str(request.session_hash)):
-            for data in _stored(answer.ask(pool, question, extractor), request, sessions):
-                yield *inputs, data
-                inputs = unchanged, *inputs[1:]  # Gradio mixes up a value and a skip in the steps of one event
+        for data in _stored(answer.ask(pool, question, extractor), request, sessions):
+            yield *inputs, data
+            inputs = unchanged, *inputs[1:]  # Gradio mixes up a value and a skip in the steps of one event
 
     def thumbnails(event: gr.EventData) -> str:
         """Send small pictures of the samples that the list shows."""
         samples = event.samples if isinstance(event.samples, list) else []
-        keys, number = [str(sample) for sample in samples[:MOST_THUMBNAILS]], event.request
-        return runs.thumbnails(str(event.run), keys, number if isinstance(number, int) else 0)
+        return runs.thumbnails(str(event.run), [str(sample) for sample in samples[:MOST_THUMBNAILS]])
 
     def refresh(event: gr.EventData) -> tuple[Any, ...]:
         """Send the list again if its runs have changed; whoever asks for it also sees runs that are new."""

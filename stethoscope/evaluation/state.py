@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.errors import StethoscopeError
@@ -17,10 +17,6 @@ from stethoscope.loggers.base import Loggers
 from stethoscope.storage.records import FAILED, Record
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.base import Task
-
-if TYPE_CHECKING:
-    pass
-
 
 MAX_FAILURES, MAX_FAILED_GROUPS = 16, 3
 """A run in which this many samples of this many pictures have failed and none has succeeded stops, because no sample

@@ -216,9 +216,8 @@ class Loggers(Logger):
 
     def setup(self, run_dir: Path | None) -> None:
         """Set up every logger, and ``events.jsonl`` if no logger writes it yet."""
-        from stethoscope.loggers.file_loggers import (
-            JsonLogger,  # here, as that module imports the contract from this one
-        )
+        # here, as that module imports the contract from this one
+        from stethoscope.loggers.file_loggers import JsonLogger
 
         if run_dir is not None and not any(isinstance(logger, JsonLogger) for logger in self.loggers):
             self.loggers.insert(0, JsonLogger())

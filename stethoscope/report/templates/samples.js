@@ -11,7 +11,7 @@ const ALL = "/"; // in place of a run's name: all runs, of which every row has i
 const WRONG = ["caught", "missed", "hallucinated"]; // outcomes of a hallucinated object
 const pictures = new Map(); // by key, once they have come
 let wanted = new Set(); // keys that the server was asked for
-let requests = 0, waiting = false; // of small pictures: one at a time, as the page would see the later of two answers alone
+let waiting = false; // of small pictures: one at a time, as the page would see the later of two answers alone
 let split = new Set(); // runs and tasks whose images a detector has learned from
 let rows = [], limit = PAGE, run = "", other = "", state = "", timer = 0, writable = false;
 let opened = null; // on a static page: key of the sample that is looked at, and the first character of a mention
@@ -174,7 +174,7 @@ function fetchThumbnails() {
   if (!missing.length) return;
   missing.forEach((key) => wanted.add(key));
   waiting = true;
-  trigger("thumbnails", { run, samples: missing, request: ++requests });
+  trigger("thumbnails", { run, samples: missing });
 }
 
 // --- cards ---------------------------------------------------------------------------------------------------------
