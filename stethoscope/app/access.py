@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from stethoscope.core.errors import ConfigError
 
@@ -29,7 +28,8 @@ _ROUTES = re.compile(
 )
 """Routes that the page uses. All other routes of Gradio (``/run``, ``/call``, ``/proxy=``, ``/stream``, deep links,
 monitoring, servers of components) are closed."""
-_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+)(:\d{1,5})?")
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+)(?::(\d{1,5}))?")
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 def loopback(host: str) -> bool:
@@ -81,6 +81,30 @@ def read_accounts(auth: str | None, public: bool) -> dict[str, str] | None:
     return accounts
 
 
+def read_hosts(hosts: str | Sequence[Any] | None) -> list[str]:
+    """Read the setting ``hosts``: names that the page answers to, each at every port or at a given one.
+
+    Returns:
+        Names in lower case, IPv6 addresses in brackets.
+
+    Raises:
+        ConfigError: an entry is no host name.
+
+    >>> read_hosts(["Lab", "lab.example:8080", "::1", "[::1]:8080"]), read_hosts("lab"), read_hosts(None)
+    (['lab', 'lab.example:8080', '[::1]', '[::1]:8080'], ['lab'], [])
+    """
+    entries = [hosts] if isinstance(hosts, str) else [str(entry) for entry in hosts or ()]
+    names = []
+    for entry in entries:
+        name = f"[{entry}]" if re.fullmatch("[0-9a-fA-F:.]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*", entry) else entry
+        if not _HOST.fullmatch(name):
+            raise ConfigError(
+                f"hosts={entry} should be a host name as in http://NAME:7860: hosts=[NAME] or hosts=[NAME:7860]"
+            )
+        names.append(name.lower())
+    return names
+
+
 def local_user() -> str:
     """Name the user of this machine, who writes notes where nobody else reaches the page."""
     try:
@@ -103,12 +127,13 @@ class AccessMiddleware:
     ``Host`` must be a loopback name, the address that the app listens on, the address of the connection, or one of
     ``hosts``: otherwise any web page could point its own name here (DNS rebinding). ``Origin``, if the browser sends
     it, must be the same host or one of ``hosts``. Accounts use HTTP Basic authentication, because Gradio's own login
-    leaves some of its routes open.
+    leaves some of its routes open. The ``Authorization`` header that is handed on is always a verified one: without
+    accounts there is none.
 
     Args:
         app: the next ASGI application.
         host: the address that the app listens on.
-        hosts: further host names; read at every request, so that names can be added later.
+        hosts: further host names as of ``read_hosts``; read at every request, so that names can be added later.
         accounts: passwords by user; None for no accounts.
     """
 
@@ -127,37 +152,49 @@ class AccessMiddleware:
             return
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         refusal = self._refusal(scope, dict(headers), sum(name == "host" for name, _ in headers))
+        credential = dict(headers).get("authorization")
+        verified = self._accounts is not None and self._is_authorized(credential)
         if refusal is not None:
             await respond(send, 403, refusal)
         elif not _ROUTES.fullmatch(scope["path"]):
             await respond(send, 404, "there is no such page")
-        elif (
-            self._accounts is None
-            or scope["path"] == STARTUP
-            or self._is_authorized(dict(headers).get("authorization"))
-        ):
-            await self.app(scope, receive, send)
+        elif self._accounts is None or scope["path"] == STARTUP or verified:
+            kept = [pair for pair in scope["headers"] if pair[0] != b"authorization"]
+            if verified and credential is not None:
+                kept.append((b"authorization", credential.encode("latin-1")))
+            await self.app({**scope, "headers": kept}, receive, send)
         else:
-            if "authorization" in dict(headers):
+            if credential is not None:
                 await asyncio.sleep(LOGIN_DELAY)
             challenge = {"www-authenticate": 'Basic realm="LVLM-Stethoscope", charset="UTF-8"'}
             await respond(send, 401, "user and password are needed", challenge)
 
     def _refusal(self, scope: Any, headers: Mapping[str, str], count: int) -> str | None:
         """Explain why the request's host or origin is refused; None if it is not."""
-        host = headers.get("host", "")
+        host = headers.get("host", "").lower()
         match = _HOST.fullmatch(host)
-        further = {name.lower() for name in self._hosts}
         listening = str((scope.get("server") or ("",))[0]).removeprefix("::ffff:")
-        names = {*LOOPBACK_NAMES, self._host, listening, *further}
-        if count != 1 or match is None or match[1].strip("[]").lower() not in names:
+        names = {*LOOPBACK_NAMES, self._host, listening}
+        if count != 1 or match is None or not (match[1].strip("[]") in names or self._is_further(match)):
             return "this app does not answer to that host name; hosts=[NAME] adds one"
         origin = headers.get("origin")
-        if origin is not None and not _same_origin(origin, host, further):
+        if origin is not None and not self._is_own_origin(origin.lower(), host):
             return "this app is called from its own page alone; hosts=[NAME] adds another"
         if headers.get("sec-fetch-site") in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate":
             return "this app is called from its own page alone"
         return None
+
+    def _is_further(self, match: re.Match[str], ports: Sequence[str] = tuple(_DEFAULT_PORTS.values())) -> bool:
+        """Tell whether ``hosts`` has a name, alone or with its port; ``ports`` are those of a name without one."""
+        at_ports = [f"{match[1]}:{port}" for port in ([match[2]] if match[2] else ports)]
+        return not {match[1], *at_ports}.isdisjoint(self._hosts)
+
+    def _is_own_origin(self, origin: str, host: str) -> bool:
+        scheme, _, netloc = origin.partition("://")
+        match = _HOST.fullmatch(netloc)
+        if scheme not in _DEFAULT_PORTS or match is None:
+            return False
+        return netloc == host or self._is_further(match, [_DEFAULT_PORTS[scheme]])
 
     def _is_authorized(self, header: str | None) -> bool:
         """Tell whether an ``Authorization`` header holds the name and password of an account."""
@@ -179,14 +216,6 @@ def credentials(header: str | None) -> tuple[str, str]:
     except ValueError:
         return "", ""
     return (user, password) if kind.lower() == "basic" else ("", "")
-
-
-def _same_origin(origin: str, host: str, further: set[str]) -> bool:
-    try:
-        parts = urlsplit(origin.lower())
-        return parts.scheme in ("http", "https") and (parts.netloc == host.lower() or parts.hostname in further)
-    except ValueError:
-        return False
 
 
 async def respond(send: Any, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from stethoscope.app.access import AccessMiddleware, add_to_no_proxy
+from stethoscope.app.access import AccessMiddleware, add_to_no_proxy, read_hosts
 from stethoscope.app.sessions import MAX_SESSIONS, MAX_UPLOAD, SessionMiddleware, Sessions
 from stethoscope.core.errors import ConfigError
 
@@ -97,18 +97,19 @@ def start(
         port: to listen on.
         sessions: of this server; all of them may use the files that are in its folder now.
         share: whether to create a public address through Gradio's servers.
-        hosts: host names that the page answers to, in addition to loopback names and ``host``.
+        hosts: host names, with or without a port, that the page answers to, in addition to loopback names and ``host``.
         accounts: passwords by user; None for no login.
 
     Raises:
-        ConfigError: the address is in use or does not belong to this machine, or the server cannot start.
+        ConfigError: the address is in use or does not belong to this machine, an entry of ``hosts`` is no host name, or
+            the server cannot start.
     """
     from starlette.middleware import Middleware
 
     from stethoscope.app.ui import style, theme
 
     sessions.share_files()
-    names = list(hosts)
+    names = read_hosts(hosts)
     add_to_no_proxy(host)  # Gradio's launch sends a request to its own address
     page.queue(default_concurrency_limit=8, max_size=MAX_WAITING, api_open=False)
 

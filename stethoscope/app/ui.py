@@ -369,7 +369,7 @@ def _wire_run(
         """Write a note on a sample, and send the list with it."""
         try:
             values = {key: getattr(event, key, None) for key in ("task", "sample", "start", "label", "tags", "text")}
-            account, _ = credentials(request.headers.get("authorization"))
+            account, _ = credentials(request.headers.get("authorization"))  # verified by AccessMiddleware
             runs.annotate(str(event.run), values, account)
         except Exception as error:
             _warn(error)

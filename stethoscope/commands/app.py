@@ -21,7 +21,7 @@ def run(config: DictConfig) -> None:
         raise ConfigError('gradio is not installed; pip install "lvlm-stethoscope[app]"')
     from hydra.core.hydra_config import HydraConfig
 
-    from stethoscope.app.access import local_user, loopback, read_accounts
+    from stethoscope.app.access import local_user, loopback, read_accounts, read_hosts
     from stethoscope.app.server import check_address, own_folder, start
 
     public = bool(config.share) or not loopback(str(config.host))
@@ -33,6 +33,7 @@ def run(config: DictConfig) -> None:
         raise ConfigError(f"notes=true: notes on {copied[0]} would be lost with its copy, which goes when the app ends")
     notes = not (public or copied) if config.notes is None else bool(config.notes)
     accounts = read_accounts(None if config.auth is None else str(config.auth), public)
+    hosts = read_hosts(config.hosts)
     check_address(str(config.host), int(config.port))
     # after what needs no torch: it takes seconds to load
     from stethoscope.adapters.base import Adapter
@@ -60,7 +61,6 @@ def run(config: DictConfig) -> None:
             print(f"detector: {names}" if names else TRAIN_ONE.format(model=name), file=sys.stderr)
         sessions = Sessions(folder)
         screen = build_page(pool, past, extractor, write_examples(folder, config.seed, int(config.examples)), sessions)
-        hosts = [config.hosts] if isinstance(config.hosts, str) else [str(name) for name in config.hosts or ()]
         address = start(screen, str(config.host), int(config.port), sessions, bool(config.share), hosts, accounts)
         if public and accounts is None:
             print("warning: everybody can reach this page, ask the model and look through the runs", file=sys.stderr)

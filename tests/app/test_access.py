@@ -8,7 +8,7 @@ from helpers.page_client import API, Client, file
 
 from stethoscope import testbed
 from stethoscope.app import access
-from stethoscope.app.access import add_to_no_proxy, read_accounts
+from stethoscope.app.access import add_to_no_proxy, read_accounts, read_hosts
 from stethoscope.app.sessions import NO_PICTURE
 from stethoscope.core.errors import ConfigError
 
@@ -170,6 +170,59 @@ def test_further_names_and_the_address_of_the_connection_are_known():
     assert answer(middleware, client_headers=both) == 200
     assert answer(middleware, client_headers=[("host", "localhost"), ("host", "lab.example")]) == 403
     assert answer(middleware, kind="websocket", client_headers=[("host", "localhost")]) == "websocket.close"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "known", "refused"),
+    [
+        (["lab.example:7860"], ["lab.example:7860", "LAB.example:7860"], ["lab.example", "lab.example:80"]),
+        (["Lab:80", "proxy:443"], ["lab", "lab:80", "proxy"], ["lab:8080", "proxy:80"]),
+        (["fd00::7", "[fd00::8]:7860"], ["[fd00::7]:1", "[fd00::7]", "[fd00::8]:7860"], ["[fd00::8]", "[fd00::9]"]),
+    ],
+)
+def test_a_further_name_may_have_a_port(hosts, known, refused):
+    middleware = access.AccessMiddleware(application, "127.0.0.1", read_hosts(hosts))
+    for names, status in ((known, 200), (refused, 403)):
+        assert [answer(middleware, client_headers=[("host", name)]) for name in names] == [status] * len(names)
+        origins = [[("host", "localhost"), ("origin", f"http://{name}")] for name in names if "proxy" not in name]
+        assert [answer(middleware, client_headers=headers) for headers in origins] == [status] * len(origins)
+
+
+def test_the_port_of_an_origin_is_that_of_its_scheme():
+    middleware = access.AccessMiddleware(application, "127.0.0.1", read_hosts(["proxy:443"]))
+    for origin, status in (("https://proxy", 200), ("https://proxy:443", 200), ("http://proxy", 403)):
+        assert answer(middleware, client_headers=[("host", "localhost"), ("origin", origin)]) == status
+
+
+def test_what_is_no_host_name_is_refused():
+    for wrong in ("http://lab", "lab:port", "me@lab", "lab/page", "", "lab:7860:1x"):
+        with pytest.raises(ConfigError, match="should be a host name"):
+            read_hosts([wrong])
+
+
+def test_only_a_verified_author_is_handed_on(monkeypatch):
+    monkeypatch.setattr(access, "LOGIN_DELAY", 0)
+    seen = []
+
+    async def page(scope, receive, send):
+        seen.append([value for name, value in scope["headers"] if name == b"authorization"])
+        await application(scope, receive, send)
+
+    mine, forged = "Basic bWU6c2VjcmV0", "Basic Ym9zczp3cm9uZw=="  # me:secret, boss:wrong
+    for accounts, sent, status, handed_on in (
+        (None, [forged], 200, [[]]),
+        ({"me": "secret"}, [mine], 200, [[mine.encode()]]),
+        ({"me": "secret"}, [forged, mine], 200, [[mine.encode()]]),
+        ({"me": "secret"}, [mine, forged], 401, []),
+    ):
+        seen.clear()
+        headers = [("host", "localhost"), *(("authorization", value) for value in sent)]
+        middleware = access.AccessMiddleware(page, "127.0.0.1", (), accounts)
+        assert (answer(middleware, client_headers=headers), seen) == (status, handed_on)
+    seen.clear()
+    headers = [("host", "localhost"), ("authorization", forged)]
+    middleware = access.AccessMiddleware(page, "127.0.0.1", (), {"me": "secret"})
+    assert (answer(middleware, access.STARTUP, headers), seen) == (200, [[]])
 
 
 def test_accounts_guard_every_route(monkeypatch):

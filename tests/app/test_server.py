@@ -103,6 +103,7 @@ def test_without_gradio_the_command_says_what_to_install(stethoscope, monkeypatc
         (["run=nothing"], "nothing is no run directory"),
         (["detector=nothing"], "detector=nothing is no directory"),
         (["prot=1"], "did you mean 'port'"),
+        (["hosts=[lab:7860,lab:port]"], "hosts=lab:port should be a host name"),
         (["notes=maybe"], "notes=maybe should be true, false or null"),
         (["beside=nothing"], "nothing is no run directory"),
         (["beside=memory://no/run"], "memory://no/run is no run: it has no samples.jsonl"),
