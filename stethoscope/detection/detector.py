@@ -272,12 +272,13 @@ class Detector:
 
         Args:
             table: token table of the new data.
-            labelled: use the labels (``recalibration.shrunk_line``); False uses none
-                (``recalibration.share_of_hallucinated``).
+            labelled: use the labels (``recalibration.shrunk_line``); False uses none, and estimates how many mentions
+                are hallucinated (``recalibration.share_of_hallucinated``).
 
         Raises:
             ConfigError: the calibration is isotonic, which is no line.
-            DataError: the table has no mention, or with ``labelled`` none that is judged.
+            DataError: the table has no mention, or with ``labelled`` none that is judged; or without labels the monitor
+                sees no changed share of hallucinations, or something else that has changed more.
             ArtefactError: as in ``predict``.
         """
         slope, intercept = self.model.line
@@ -286,6 +287,8 @@ class Detector:
         if not len(rows):
             raise DataError(f"there is no {'judged ' if labelled else ''}mention to calibrate the detector on")
         scores = self.model.scores(self._matrix(rows))
+        if not labelled and self.monitor is not None:
+            self.monitor.check_share_alone(rows, scores)
         log_odds = slope * scores + intercept
         labels = rows["label"].to_numpy(dtype=int)
         share = float(labels.mean()) if labelled else share_of_hallucinated(self.predict(rows), self._base_rate)

@@ -32,6 +32,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu
 
+from stethoscope.core.errors import DataError
 from stethoscope.core.picture_profile import LENGTH, read_profiles
 from stethoscope.core.token_table import feature_matrix
 from stethoscope.detection.arrays import Arrays
@@ -44,6 +45,8 @@ MAX_COMPONENTS = 64
 SHRINKAGE = 0.05  # of the correlation matrix towards the identity
 MAX_DEVIATION = 10.0  # standard deviations at which a column is cut off, so that none decides alone
 VIEWS = ("answer", "picture")
+CHANGED = {"picture": "the pictures", "answer": "the answers", "scores": "the share of hallucinations"}
+"""What has changed, by the view that shows it."""
 MAX_ORDER = 6
 """Mentions of an answer whose mean scores are known one by one; later ones share the last."""
 
@@ -171,10 +174,9 @@ class RunShift:
         )
         if not self.shifted:
             return f"no shift seen ({seen})"
-        what = {"picture": "the pictures", "answer": "the answers", "scores": "the share of hallucinations"}[self.view]
         return (
-            f"shift in {what} ({seen}): no probability is calibrated here and no guarantee of the threshold holds; "
-            "`stethoscope train run=... recalibrate=...` mends that with a few labelled pictures"
+            f"shift in {CHANGED[self.view]} ({seen}): no probability is calibrated here and no guarantee of the "
+            "threshold holds; `stethoscope train run=... recalibrate=...` mends that with a few labelled pictures"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -348,6 +350,26 @@ class ShiftMonitor:
         view = min(p_values, key=lambda name: p_values[name])
         p = min(1.0, len(p_values) * p_values[view])
         return RunShift(len(single), int(single["unlike"].sum()), self.level, p, view)
+
+    def check_share_alone(self, mentions: pd.DataFrame, scores: np.ndarray) -> None:
+        """Refuse a run in which the share of hallucinations is not what has changed most.
+
+        Args:
+            mentions: mentions of a token table.
+            scores: (mentions,) the classifier's scores.
+
+        Raises:
+            DataError: no shift is seen, or more of one in answers or pictures than in scores, after which a score need
+                not mean what it meant. Nothing is refused if the scores of held-out pictures are not known.
+        """
+        shift = self.run(mentions, scores) if len(self.scores) else None
+        if shift is None or (shift.shifted and shift.view == "scores"):
+            return
+        seen = f"above all {CHANGED[shift.view]} have changed" if shift.shifted else "no shift is seen"
+        raise DataError(
+            f"{seen} (p {_shown_p(shift.p)}), and recalibration without labels mends nothing but a changed share of "
+            "hallucinations; give some labelled pictures (labels=50), or keep the detector"
+        )
 
     def _run_p_values(self, mentions: pd.DataFrame, scores: np.ndarray | None) -> dict[str, float]:
         """Test all answers together against the held-out ones, by view."""

@@ -282,8 +282,27 @@ def test_recalibrated_without_labels_where_it_was_calibrated_it_stays_the_same()
     kept = (calibration["label"] != 1) | (np.random.default_rng(0).random(len(calibration)) < 0.5)
     calibration = calibration[kept].reset_index(drop=True)  # fewer hallucinated mentions than in training
     detector = Detector(C=1.0).fit(train, calibration)
+    detector.monitor = None  # which would refuse pictures that are as before
     same = detector.recalibrate(calibration, labelled=False)
     np.testing.assert_allclose(same.predict(calibration), detector.predict(calibration), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("features", "pictures", "seen"),
+    [
+        (0.0, 0.0, "no shift is seen"),
+        (9.0, 0.0, "above all the answers have changed"),
+        (0.0, 4.0, "above all the pictures have changed"),
+    ],
+)
+def test_without_labels_nothing_but_a_changed_share_is_mended(features, pictures, seen):
+    train, calibration = (with_pictures(fold, seed) for seed, fold in enumerate(halves(token_table(300))))
+    detector = Detector(C=1.0).fit(train, calibration)
+    table = with_pictures(token_table(200, seed=4), 4, shift=pictures)
+    table = table.assign(nll=table["nll"] + features, mass=table["mass"] + features)
+    with pytest.raises(DataError, match=f"^{seen} .*labels=50"):
+        detector.recalibrate(table, labelled=False)
+    assert detector.recalibrate(table).notes["recalibrated"]["labelled"]
 
 
 def test_recalibrated_on_few_pictures_it_has_no_monitor():
@@ -299,7 +318,7 @@ def test_recalibrated_on_few_pictures_it_has_no_monitor():
 def test_recalibrated_it_still_warns_of_everything_or_nothing(threshold):
     train, calibration = halves(token_table(200))
     detector = Detector(C=1.0).fit(train, calibration)
-    detector.threshold = threshold
+    detector.threshold, detector.monitor = threshold, None
     assert detector.recalibrate(token_table(50, seed=4), labelled=False).threshold == threshold
 
 
