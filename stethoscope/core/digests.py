@@ -10,7 +10,8 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +122,18 @@ def _add_module(module: str, file: Path, sources: dict[str, bytes]) -> None:
             _add_module(name, path, sources)
 
 
-def _imported_names(text: bytes, module: str, is_package: bool) -> Iterator[str]:
-    """Yield the dotted names in a source file's top-level imports: modules, and names in modules."""
+@lru_cache(1024)  # every run of a sweep reads the same files, and parsing them takes a tenth of a second
+def _imported_names(text: bytes, module: str, is_package: bool) -> tuple[str, ...]:
+    """Return the dotted names in a source file's top-level imports: modules, and names in modules."""
+    names: list[str] = []
     for node in _parse(text).body:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = module.split(".")[: (1 if is_package else 0) - node.level or None] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            names.extend([base, *(f"{base}.{alias.name}" for alias in node.names)])
+    return tuple(names)
 
 
 def _parse(text: bytes, tries: int = 3) -> ast.Module:

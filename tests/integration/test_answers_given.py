@@ -160,22 +160,26 @@ OTHER_TOOLS = {
 }
 
 
+LOGGED = {"pope": lambda: Pope(subsets=["adversarial"], scenes=2, per_scene=2), "chair": lambda: Chair(scenes=4)}
+
+
+@pytest.fixture(scope="module")
+def own_metrics(adapter):
+    """Metrics of the model's own answers, by task."""
+    return {name: Evaluator().run(adapter, task()).metrics for name, task in LOGGED.items()}
+
+
 @pytest.mark.parametrize(("name", "log"), [(name, log) for name, logs in OTHER_TOOLS.items() for log in logs])
-def test_logs_of_other_tools_are_those_of_our_own_run(adapter, name, log):
+def test_logs_of_other_tools_are_those_of_our_own_run(adapter, own_metrics, name, log):
     """The figures are those of the model itself, which finds all answers to be its own."""
     if log.endswith("xlsx"):
         pytest.importorskip("openpyxl")
-    tasks = {
-        "pope": lambda: Pope(subsets=["adversarial"], scenes=2, per_scene=2),
-        "chair": lambda: Chair(scenes=4),
-    }
-    own = Evaluator().run(adapter, tasks[name]())
-    results = Evaluator(answers=LOGS / log).run(adapter, tasks[name]())
-    assert results.metrics == own.metrics
+    results = Evaluator(answers=LOGS / log).run(adapter, LOGGED[name]())
+    assert results.metrics == own_metrics[name]
     assert results.answers["missing"] == results.answers["unmatched"] == results.answers["changed"] == 0
     assert results.answers["check"]["argmax_share"] == 1.0
-    without = Evaluator(answers=LOGS / log).run(NoModel(), tasks[name]())
-    assert without.metrics == own.metrics
+    without = Evaluator(answers=LOGS / log).run(NoModel(), LOGGED[name]())
+    assert without.metrics == own_metrics[name]
 
 
 def test_scoring_a_file_imports_no_torch(own, tmp_path):

@@ -182,8 +182,10 @@ def test_source_is_parsed_again_where_python_loses_count(monkeypatch):
 
     plain = source_digest(Pope)
     monkeypatch.setattr(digests.ast, "parse", flaky)
+    digests._imported_names.cache_clear()  # what has been parsed is known
     assert source_digest(Pope) == plain
     assert failures == []
     failures.extend([1, 1, 1])
+    digests._imported_names.cache_clear()
     with pytest.raises(SystemError):
         source_digest(Pope)
