@@ -65,6 +65,7 @@ class Checkout:
 
     def __init__(self, root: Path, folder: Path, threads: int) -> None:
         self.root, self.folder, self._process = root, folder, None
+        self._log = folder / "worker.log"
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -72,14 +73,15 @@ class Checkout:
         """Return what a method of ``Worker`` returns."""
         if self._process is None:
             words = [sys.executable, WORKER, str(self.root), "serve", str(self.folder)]
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1,
-                env=self._environment, cwd=self.folder,
-            )  # fmt: skip
+            with self._log.open("wb") as log:  # a pipe that nobody reads would stop the worker when it is full
+                self._process = subprocess.Popen(
+                    words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1,
+                    env=self._environment, cwd=self.folder,
+                )  # fmt: skip
         self._process.stdin.write(json.dumps([way, options]) + "\n")
         reply = self._process.stdout.readline()
         if not reply:
-            raise SystemExit(f"{self.root}: {way} failed: {self._process.stderr.read()[-2000:]}")
+            raise SystemExit(f"{self.root}: {way} failed: {self._log.read_text(errors='replace')[-2000:]}")
         return json.loads(reply)
 
     def close(self) -> None:

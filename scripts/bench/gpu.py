@@ -15,8 +15,9 @@ GPUs), no installation and no network.
 
     forward       a plain forward pass over prompt and answer
     generation    greedy, 100 tokens
-    relevancy     a trace with relevancy, after generation
-    full          a trace with everything that features=full reads, and its features
+    relevancy     generation and relevancy as in a run: the pass over the prompts, generation behind it, the trace;
+                  beside_generation is how much longer this takes than generation alone
+    full          the same with everything that features=full reads, and its features
     diagnose      stethoscope.diagnose of a finished answer, without a detector (batch 1)
     stream        the answer with a probability of every token, of a detector on features=fast (batch 1)
     precision     bfloat16 against float32, the same weights: relative error of relevancy's maps, and the largest
@@ -43,7 +44,7 @@ from shapes import NARROW, PUBLISHED, QUESTION, Figures, Shape, ShapedAdapter, e
 import stethoscope
 from stethoscope.core.types import Answer, Generation
 from stethoscope.features import FeatureSet, named_set
-from stethoscope.tracing.trace import Encoded, Trace
+from stethoscope.tracing.trace import Encoded
 
 REPEATS = 5
 PARTS = ("forward", "generation", "relevancy", "full", "diagnose", "stream", "precision", "compile", "devices")
@@ -131,25 +132,26 @@ class Bench:
         return {**figures, "tokens": sum(len(answer.token_ids) for answer in answers)}
 
     def trace(self, requires: Sequence[str], features: FeatureSet | None = None) -> dict[str, Any]:
-        """Trace finished answers as a run does, with what generation keeps for it."""
-        prompts, answers = self.ready()
-        generation, kept = Generation(max_new_tokens=self.tokens), []
+        """Generate and trace answers as a run does, and generate them alone."""
+        prompts, _ = self.ready()
+        generation = Generation(max_new_tokens=self.tokens)
 
-        def keep() -> None:
-            kept[:] = self.adapter.generate_with_cache(prompts, generation)[1]
-
-        def run() -> list[Trace]:
-            traces = self.adapter.trace_batch(kept, answers, requires)
+        def run() -> list[Any]:
+            read = self.adapter.prefill(prompts, requires)
+            answers, read = self.adapter.generate_with_cache(read, generation)
+            traces = self.adapter.trace_batch(read, answers, requires)
             return [features.compute(trace) for trace in traces] if features else traces
 
-        return timed(run, self.budget, keep)
+        alone = timed(lambda: self.adapter.generate(prompts, generation), self.budget / 2)
+        figures = timed(run, self.budget / 2)
+        return {**figures, "beside_generation": round(figures["seconds"] - alone["seconds"], 4)}
 
     def relevancy(self) -> dict[str, Any]:
-        """Trace with relevancy alone."""
+        """Generate, and trace with relevancy alone."""
         return self.trace(["relevancy"])
 
     def full(self) -> dict[str, Any]:
-        """Trace with everything that ``features=full`` reads, and compute its features."""
+        """Generate, trace with everything that ``features=full`` reads, and compute its features."""
         return self.trace(self.features.requires, self.features)
 
     def diagnose(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,28 @@ import pytest
 from scripts.check import slow_tests
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
+
+
+def test_the_gpu_script_measures_the_passes_of_a_run(monkeypatch):
+    """Relevancy goes on from the pass over the prompt, as in a run, and not from what generation alone has read."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    gpu, shapes = __import__("gpu"), __import__("shapes")
+    adapter = shapes.ShapedAdapter(replace(shapes.NARROW["llava"], image=9), "float32", "cpu")
+    calls = []
+    for name in ("prefill", "generate_with_cache", "trace_batch", "generate"):
+        method = getattr(adapter, name)
+        monkeypatch.setattr(
+            adapter, name, lambda *words, method=method, name=name: calls.append((name, words[0])) or method(*words)
+        )
+    bench = gpu.Bench(adapter, gpu.Case(adapter.shape, 1), 3, 0, gpu.named_set("fast"))
+    figures = bench.trace(["relevancy"])
+    assert [name for name, _ in calls[-4:]] == ["generate", "prefill", "generate_with_cache", "trace_batch"]
+    (read,), (traced,) = calls[-2][1], calls[-1][1]
+    assert read.cache is not None  # with the pass that relevancy needs
+    assert traced.cache is not None
+    assert figures["beside_generation"] < figures["seconds"]
+    for name in ("gpu", "shapes"):
+        sys.modules.pop(name)
 
 
 @pytest.fixture
