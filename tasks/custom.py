@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError, unknown
-from stethoscope.core.json_rows import clipped, read_rows
-from stethoscope.core.line_schemas import check_line
+from stethoscope.core.json_rows import check_line, clipped, read_rows
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.tasks import counts, yes_no
 from stethoscope.tasks.annotations import with_suffix

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from stethoscope.core.errors import DataError
-from stethoscope.core.json_rows import clipped, read_rows, shown
-from stethoscope.core.line_schemas import check_line
+from stethoscope.core.json_rows import check_line, clipped, read_rows, shown
 from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.counts import ratio

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from stethoscope.commands.common import parse
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.files import plain_json, replacing
-from stethoscope.core.line_schemas import check_line
+from stethoscope.core.json_rows import check_line
 from stethoscope.core.text import console, one_line
 
 if TYPE_CHECKING:

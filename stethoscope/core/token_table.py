@@ -36,7 +36,7 @@ KEY_COLUMNS: dict[str, str] = {
     "is_first_subtoken": "the token is the first sub-token of its mention",
     "prompt_hash": "first 16 hexadecimal digits of the SHA-256 of the prompt's text, as the model read it",
     "labeller": "what labelled the mentions: name and version of the task, such as chair/1",
-    "picture": "statistics of the picture's pixels (``core.picture_profile``) as text; empty in older tables",
+    "picture": "statistics of the picture's pixels (``core.images.picture_profile``) as text; empty in older tables",
 }
 """Meaning of every key column. All other columns of a token table are features (float32)."""
 

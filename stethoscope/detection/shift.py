@@ -4,7 +4,7 @@ A promise ("5 % false alarms", "30 % means 30 %") holds for pictures like those 
 three views of an answer, none of which needs a label or a pass of the model:
 
 - ``answer``: the plain columns that the detector reads, of every mention (mean over the answer's mentions);
-- ``picture``: the profile of the picture's pixels (``core.picture_profile``), where the table has it;
+- ``picture``: the profile of the picture's pixels (``core.images.picture_profile``), where the table has it;
 - ``scores``, of whole runs only: the classifier's score of a mention less the mean score of mentions with as many
   others before them. If it moves, the share of hallucinations has changed, and with it what a percentage means.
 
@@ -33,7 +33,7 @@ import pandas as pd
 from scipy.stats import mannwhitneyu
 
 from stethoscope.core.errors import DataError
-from stethoscope.core.picture_profile import LENGTH, read_profiles
+from stethoscope.core.images import LENGTH, read_profiles
 from stethoscope.core.token_table import feature_matrix
 from stethoscope.detection.arrays import Arrays
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.core.picture_profile import profile_text
+from stethoscope.core.images import profile_text
 from stethoscope.core.token_table import FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, with_limit
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
@@ -142,7 +142,7 @@ def token_rows(
         answer: of the model.
         mentions: of ``extract_mentions``.
         columns: (T,) features by the detector's columns.
-        picture: profile of the picture, see ``core.picture_profile``; empty where it does not matter.
+        picture: profile of the picture, see ``core.images.picture_profile``; empty where it does not matter.
     """
     sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
     return token_table("diagnose", sample, answer, mentions, columns, encoded.text, picture=picture).to_pandas()

@@ -15,7 +15,7 @@ import numpy as np
 
 from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_yaml
-from stethoscope.core.line_schemas import check_content
+from stethoscope.core.json_rows import check_content
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.given_answers import NOT_OWN
 from stethoscope.evaluation.results import TaskResults

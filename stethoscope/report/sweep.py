@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, StethoscopeError
 from stethoscope.core.files import atomic_write, write_json
-from stethoscope.core.line_schemas import check_content
+from stethoscope.core.json_rows import check_content
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval

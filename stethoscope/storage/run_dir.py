@@ -28,7 +28,7 @@ from stethoscope.core.files import (
     remove_temporaries,
     unshare,
 )
-from stethoscope.core.line_schemas import check_content
+from stethoscope.core.json_rows import check_content
 from stethoscope.core.text import redact, redact_override
 from stethoscope.storage.records import Record, RecordEntry, RecordFiles
 from stethoscope.storage.run_fingerprint import describe, differences, environment

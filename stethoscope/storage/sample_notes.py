@@ -17,7 +17,7 @@ from typing import Any
 
 from stethoscope.core.errors import ArtefactError, DataError
 from stethoscope.core.files import open_regular
-from stethoscope.core.line_schemas import violation
+from stethoscope.core.json_rows import violation
 from stethoscope.storage.records import encode_line
 
 NOTES = "notes.jsonl"

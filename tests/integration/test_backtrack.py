@@ -15,7 +15,7 @@ from stethoscope.adapters import tiny
 from stethoscope.adapters.generation import Sampler
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError
-from stethoscope.core.line_schemas import violation
+from stethoscope.core.json_rows import violation
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.cost_meter import CostMeter, read_costs
 from stethoscope.features import FeatureSet

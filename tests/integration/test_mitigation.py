@@ -7,7 +7,7 @@ from helpers.tiny_world import TinyAdapter, TinyTask
 
 import stethoscope as package
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.core.line_schemas import violation
+from stethoscope.core.json_rows import violation
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.mitigation.answers import Ask, Drop, Rerank

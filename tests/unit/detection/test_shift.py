@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 from scipy.stats import kstest
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
-from stethoscope.core.picture_profile import LENGTH, picture_profile, profile_text, read_profiles
+from stethoscope.core.images import LENGTH, picture_profile, profile_text, read_profiles
 from stethoscope.detection import recalibration
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.lookup import mention_warnings, write_warnings

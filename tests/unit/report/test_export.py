@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard, parse_eval_result_entries
 from stethoscope.cli import main
 from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.files import read_json, read_jsonl
-from stethoscope.core.line_schemas import violation
+from stethoscope.core.json_rows import violation
 from stethoscope.report.export import ExportSettings, RunExport, export, outcome_of
 from stethoscope.report.hub_export import push
 from stethoscope.report.run_source import RunReader

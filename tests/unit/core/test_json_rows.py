@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from stethoscope.core.errors import ArtefactError, DataError
-from stethoscope.core.line_schemas import FOLDER, check_content, check_line, read_schema, violation
+from stethoscope.core.json_rows import FOLDER, check_content, check_line, read_schema, violation
 from stethoscope.storage.logged_answers import read_answers
 from stethoscope.tasks.halloc import TYPES
 
