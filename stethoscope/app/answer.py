@@ -390,8 +390,8 @@ def single_heads(pool: ModelPool, session: AnswerSession, token: object) -> str:
         CapabilityError: the model's attention cannot be recorded.
     """
     # imported here: they import torch, which the page's other parts load with the model
-    from stethoscope.diagnosis.attention_payload import heads_payload
     from stethoscope.diagnosis.layers_pass import read_attention
+    from stethoscope.diagnosis.viewer_parts import heads_payload
     from stethoscope.tracing.token_spans import token_regions
 
     question, answer = session.question, required(session.question.answer)

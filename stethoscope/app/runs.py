@@ -17,7 +17,7 @@ from stethoscope.app.model_pool import ModelPool
 from stethoscope.core.errors import ArtefactError, ConfigError, StethoscopeError, unknown
 from stethoscope.core.html import data_uri
 from stethoscope.core.types import Generation, ImageRef
-from stethoscope.diagnosis.edited_answer import edit_payload
+from stethoscope.diagnosis.viewer_parts import edit_payload
 from stethoscope.report.compare import compare
 from stethoscope.report.run_report import collect_report, table_page
 from stethoscope.report.run_source import RunReader, readable

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from stethoscope.commands.common import require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError
-from stethoscope.storage.remote_run import is_address, local_run
+from stethoscope.storage.reuse import is_address, local_run
 
 
 def run(config: DictConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from stethoscope.commands.common import parse
 from stethoscope.core.component import package_names
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.storage.remote_run import local_run
+from stethoscope.storage.reuse import local_run
 from stethoscope.storage.run_dir import saved_task
 
 USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [common=true] [plugins=PACKAGE,...]

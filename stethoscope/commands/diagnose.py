@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from stethoscope.core.types import ImageRef
     from stethoscope.diagnosis import Diagnosis
-    from stethoscope.diagnosis.verdict import DiagnosedMention
+    from stethoscope.diagnosis.answer_verdicts import DiagnosedMention
 
 HEAT_MAPS = "heatmaps"
 TRAIN_ONE = (
@@ -139,8 +139,8 @@ def show(diagnosis: Diagnosis, name: str, method: str = "") -> None:
         name: of the picture.
         method: name of the mitigation that the answer was written with; empty for none.
     """
-    from stethoscope.diagnosis.edited_answer import describe_edit
     from stethoscope.diagnosis.render import describe_reply
+    from stethoscope.diagnosis.viewer_parts import describe_edit
 
     terminal = console()
     turn = f" (turn {len(diagnosis.history) + 1})" if diagnosis.history else ""

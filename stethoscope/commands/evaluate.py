@@ -30,7 +30,7 @@ def run(config: DictConfig) -> None:
         results = answer(config, folder, loggers, adapter, task, generation)
     if rank():  # of several processes the first one tells of the results
         return
-    from stethoscope.report.console import print_results  # its libraries can wait until there are results
+    from stethoscope.report.metrics_tables import print_results  # its libraries can wait until there are results
 
     print_results(results)
     print(f"run directory: {folder}")

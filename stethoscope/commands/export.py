@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from stethoscope.commands.common import as_list, picture_loader
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.storage.remote_run import is_address, local_run
+from stethoscope.storage.reuse import is_address, local_run
 
 
 def run(config: DictConfig) -> None:

@@ -66,7 +66,7 @@ class MethodRun:
 def run(config: DictConfig) -> None:
     """Run every method and compare them; errors of the configuration are raised before the model is loaded."""
     from stethoscope.adapters.base import Adapter
-    from stethoscope.report.console import print_table
+    from stethoscope.report.metrics_tables import print_table
     from stethoscope.report.mitigation_table import compare_methods, method_tables
     from stethoscope.storage.run_dir import RunStore
     from stethoscope.tasks.base import Task

@@ -10,7 +10,7 @@ from stethoscope.commands.common import parse, picture_loader
 from stethoscope.core.component import import_plugins, package_names
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.files import atomic_write
-from stethoscope.storage.remote_run import is_address, local_run
+from stethoscope.storage.reuse import is_address, local_run
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
 

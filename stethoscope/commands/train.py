@@ -34,8 +34,8 @@ def run(config: DictConfig) -> None:
     from stethoscope.commands.common import as_list, fractions, keep_detector, log_detector, loggers_of, overrides
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.training import fit
-    from stethoscope.report.console import print_detector
     from stethoscope.report.examples import log_detector_files
+    from stethoscope.report.metrics_tables import print_detector
     from stethoscope.storage.lock import RunLock
     from stethoscope.storage.reuse import copy_task
     from stethoscope.storage.run_dir import RunStore

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.token_table import require
-from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.compiled_classifiers import Classifier, compile_classifier
 from stethoscope.detection.estimators import (
     ENOUGH_IMAGES,

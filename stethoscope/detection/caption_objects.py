@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.artifact import Arrays
 from stethoscope.tasks.object_extraction import NAMES, OBJECTS, TextMention, mentions, singular
 
 INDEX = {name: index for index, name in enumerate(OBJECTS)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from stethoscope.core.errors import ArtefactError, ConfigError, first_line
-from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.base import Estimator, check_probabilities, class_path
 from stethoscope.detection.inference import (
     CHUNK,

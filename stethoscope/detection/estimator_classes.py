@@ -20,7 +20,7 @@ from sklearn.utils.validation import has_fit_parameter
 
 from stethoscope.core.component import TARGET
 from stethoscope.core.errors import ArtefactError, ConfigError, StethoscopeError, first_line, unknown
-from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.base import Estimator, class_path, find_estimator, how_to_import
 from stethoscope.detection.compiled_classifiers import SKLEARN, compile_classifier, restore_classifier
 

@@ -16,7 +16,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 
-from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.compiled_classifiers import Classifier, compile_classifier, restore_classifier
 from stethoscope.detection.estimator_classes import (
     BUILT_IN,

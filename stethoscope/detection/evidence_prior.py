@@ -28,7 +28,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from stethoscope.core.token_table import require
-from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.compiled_classifiers import compile_classifier
 from stethoscope.detection.cooccurrence import object_index

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from stethoscope.detection.arrays import LARGEST_NUMBER, Arrays
+from stethoscope.detection.artifact import LARGEST_NUMBER, Arrays
 
 if TYPE_CHECKING:  # what is compiled needs numpy alone, so that `stethoscope judge` starts at once
     from sklearn.ensemble import HistGradientBoostingClassifier

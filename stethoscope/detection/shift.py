@@ -35,7 +35,7 @@ from scipy.stats import mannwhitneyu
 from stethoscope.core.errors import DataError
 from stethoscope.core.images import LENGTH, read_profiles
 from stethoscope.core.token_table import feature_matrix
-from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.artifact import Arrays
 
 PICTURE_LEVEL, RUN_LEVEL = 0.01, 0.05
 """False-alarm rates: of a single picture (if the calibration fold has 99 or more), and of a whole run."""

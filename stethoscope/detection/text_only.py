@@ -20,8 +20,7 @@ import numpy as np
 
 from stethoscope.core.errors import ArtefactError, DataError, unknown
 from stethoscope.core.files import as_path, atomic_write, check_shape, read_bytes
-from stethoscope.detection.arrays import Arrays
-from stethoscope.detection.artifact import dump_arrays, load_arrays
+from stethoscope.detection.artifact import Arrays, dump_arrays, load_arrays
 from stethoscope.detection.caption_objects import (
     CO_OCCURRENCE,
     INDEX,

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.compiled_classifiers import compile_classifier
 from stethoscope.detection.estimators import Stacked, add_prefix, inner_folds, restore_estimator
 from stethoscope.detection.inference import LinearClassifier

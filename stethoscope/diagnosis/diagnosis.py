@@ -14,7 +14,7 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError, ConfigError, wrong_type
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis import render
-from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict, rounded
+from stethoscope.diagnosis.answer_verdicts import DiagnosedMention, TokenVerdict, rounded
 from stethoscope.relevancy.heatmaps import OPACITY, heat, image_token_tiles, overlay, relevancy_tiles
 from stethoscope.tracing.token_spans import Box, TokenRegions
 

@@ -16,8 +16,7 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.html import asset, data_uri, document, json_block, render
 from stethoscope.core.text import counted, percent
-from stethoscope.diagnosis.attention_payload import RASTER, attention_payload, in_bytes
-from stethoscope.diagnosis.edited_answer import edit_payload
+from stethoscope.diagnosis.viewer_parts import RASTER, attention_payload, edit_payload, in_bytes
 from stethoscope.relevancy.heatmaps import OPACITY, RAMP, colours, one_grid, overlay
 from stethoscope.tasks.yes_no import first_word
 
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from stethoscope.detection.visual_consistency import NamedProbability
+    from stethoscope.diagnosis.answer_verdicts import DiagnosedMention, TokenVerdict
     from stethoscope.diagnosis.diagnosis import Diagnosis
-    from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 
 MOST_LAYERS = 16  # of the language model on a page; more are thinned out evenly
 ATTENTION_BYTES = 16 * 2**20  # of the maps of raw attention on a page

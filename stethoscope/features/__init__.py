@@ -12,7 +12,6 @@ import pkgutil
 
 from stethoscope.features import (  # the order of the registry  # isort: skip
     distributions as _distributions,  # noqa: F401
-    position as _position,  # noqa: F401
     attention as _attention,  # noqa: F401
     hidden_states as _hidden_states,  # noqa: F401
     contrast as _contrast,  # noqa: F401

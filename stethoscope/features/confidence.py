@@ -1,4 +1,9 @@
-"""Confidence scores of language models of 2025 and 2026 that need no further pass, token by token."""
+"""Confidence scores of recent papers: of the token's own pass, over its layers, and of what else the model writes.
+
+Of sampled answers nothing but the text is read: does the model name the object again? Tokens that name no object have
+no value (NaN); all tokens and mentions of an object share one. Of a continuation the look at the image is read: is it
+that of a token when the model goes on to invent?
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope.tracing.trace import Trace
+
 
 BOOSTED_JUMP, BOOSTED_LEAST = 0.3, 0.005
 """BoostedProb: smallest drop of probability behind the dominant words as a share and absolute."""
@@ -148,3 +154,93 @@ def euq_ignorance(trace: Trace) -> Tensor:
     Higher means hallucinated.
     """
     return _fused(trace)[1]
+
+
+# --- layers: how undecided they are about the next word, and what the row's heads look at most ------------------------
+# Source: Overthinking, arXiv 2603.07619 (CVPR Findings 2026). All read the row that predicts the token.
+
+
+@feature("overthinking", higher_means="hallucinated", requires=["layer_entropy"], by_row=True)
+def overthinking(trace: Trace) -> Tensor:
+    """Mean entropy of the logit lens in nats, times the number of top words over that of layers, >= 0.
+
+    (1 / L) sum_l H_l * D / L, where D is the number of different words that are the most probable one in some layer.
+    Source: Overthinking, arXiv 2603.07619.
+
+    Higher means hallucinated.
+    """
+    top = trace.require("lens_top").sort(-1).values
+    different = 1 + (top[:, 1:] != top[:, :-1]).sum(-1)
+    return trace.require("lens_entropy").mean(-1) * different / top.shape[-1]
+
+
+@feature("overthinking", higher_means="depends", requires=["layer_entropy"], by_row=True)
+def lens_entropy(trace: Trace) -> Tensor:
+    """Entropy in nats of the logit lens, >= 0, for every layer (H_l of Overthinking, arXiv 2603.07619).
+
+    Either direction can mean hallucinated; it depends on the model.
+    """
+    return trace.require("lens_entropy")
+
+
+@feature("overthinking", higher_means="depends", requires=["peaks"], by_row=True)
+def image_peaks(trace: Trace) -> Tensor:
+    """Largest attention of any head to an image token, mean over these, in [0, 1], by layer.
+
+    IA_l; source: Overthinking, arXiv 2603.07619.
+
+    Either direction can mean hallucinated; it depends on the model.
+    """
+    return trace.require("peaks")[..., 0]
+
+
+@feature("overthinking", higher_means="depends", requires=["peaks"], by_row=True)
+def text_peaks(trace: Trace) -> Tensor:
+    """Largest attention of any head to a position without image, mean over these, in [0, 1], by layer.
+
+    TA_l; source: Overthinking, arXiv 2603.07619.
+
+    Either direction can mean hallucinated; it depends on the model.
+    """
+    return trace.require("peaks")[..., 1]
+
+
+# --- what the model writes beyond its answer: sampled answers, and a short continuation -------------------------------
+
+
+@feature("sampling", higher_means="grounded", requires=["samples"], by_row=True)
+def sample_agreement(trace: Trace) -> Tensor:
+    """Share in [0, 1] of five answers sampled at temperature 1 that name the object too.
+
+    Objects are read by the task's own vocabulary; for questions of yes and no it is the share that says yes again.
+    Source: SelfCheckGPT (Manakul et al., EMNLP 2023), for objects instead of sentences.
+
+    Lower means hallucinated.
+    """
+    return trace.require("named_share")
+
+
+@feature("sampling", higher_means="hallucinated", requires=["samples"], by_row=True)
+def sample_entropy(trace: Trace) -> Tensor:
+    """Entropy in nats, in [0, log 2], of what five sampled answers mean: the object named, or not named.
+
+    Discrete semantic entropy (Farquhar et al., Nature 2024) of the claim that the object is there. The meanings are
+    those of the task's vocabulary instead of clusters by entailment.
+
+    Higher means hallucinated.
+    """
+    share = trace.require("named_share")
+    return -(share.xlogy(share) + (1 - share).xlogy(1 - share))
+
+
+@feature("continuation", higher_means="hallucinated", requires=["continuation"], by_row=True)
+def ig_score(trace: Trace) -> Tensor:
+    """Likeness in [0, 1] of the token's look at the image to that of an added word (IG score, HalTrapper).
+
+    The model goes on from the finished answer and " There is also". The cosine is between two rows of attention to the
+    image tokens, all layers and heads side by side: of the row that consumes the token, and of the row that consumes
+    the second word that the model adds. Late tokens are nearer to it by their position. Source: arXiv 2510.20229.
+
+    Higher means hallucinated.
+    """
+    return trace.require("imagining")

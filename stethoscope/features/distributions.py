@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of the distributions that the tokens were sampled from, and features of them.
+"""Features without a look inside the model: the distributions that tokens were sampled from, and positions.
 
 What several features share is computed once per trace: ``cached_on_trace``.
 """
@@ -6,9 +6,12 @@ What several features share is computed once per trace: ``cached_on_trace``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from stethoscope.features.registry import feature
 from stethoscope.tracing.trace import largest
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope.tracing.trace import TensorPart, Trace
+
 
 Result = TypeVar("Result")
 
@@ -180,3 +184,38 @@ def sequence_logprob(trace: Trace) -> Tensor:
     """
     logprob = token_logprob(trace)
     return logprob.cumsum(0) / logprob.new_tensor([index + 1.0 for index in range(len(logprob))])
+
+
+# --- positions: the prior that every detector must be compared with ---------------------------------------------------
+
+
+@feature("position", higher_means="hallucinated", by_row=True)
+def position(trace: Trace) -> np.ndarray:
+    """Index of the token in the answer, from 0.
+
+    Higher means hallucinated.
+    """
+    return trace.positions
+
+
+@feature("position", higher_means="hallucinated", by_row=True)
+def log_position(trace: Trace) -> np.ndarray:
+    """Natural log of 1 + index of the token in the answer, from 0.
+
+    Higher means hallucinated.
+    """
+    return np.log1p(position(trace))
+
+
+@feature("position", higher_means="grounded")
+def repetition(trace: Trace) -> np.ndarray:
+    """Count of earlier occurrences of the token id in the answer, from 0.
+
+    Lower means hallucinated.
+    """
+    counts: Counter[int] = Counter()
+    earlier = []
+    for token in trace.answer.token_ids:
+        earlier.append(counts[token])
+        counts[token] += 1
+    return np.array(earlier)

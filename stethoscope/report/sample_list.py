@@ -12,7 +12,7 @@ from typing import Any
 
 from stethoscope.core.errors import ArtefactError, StethoscopeError
 from stethoscope.core.text import counted
-from stethoscope.diagnosis.verdict import mention_outcome
+from stethoscope.diagnosis.answer_verdicts import mention_outcome
 from stethoscope.report.export import outcome_of
 from stethoscope.report.run_source import RunReader, readable
 from stethoscope.storage.records import Record

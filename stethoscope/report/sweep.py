@@ -18,8 +18,7 @@ from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.compare import TaskLoader, detector_table, first_task, is_seed, paired_table, require_same
-from stethoscope.report.console import print_table
-from stethoscope.report.metrics_tables import TITLES, metric_title, primary
+from stethoscope.report.metrics_tables import TITLES, metric_title, primary, print_table
 from stethoscope.report.run_report import table_page
 from stethoscope.report.run_source import RunReader, readable
 from stethoscope.report.tables import Cell, PairedDifference, Table, escape_markdown, markdown

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stethoscope.core.types import Answer
-from stethoscope.diagnosis.verdict import DiagnosedMention
+from stethoscope.diagnosis.answer_verdicts import DiagnosedMention
 
 if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector

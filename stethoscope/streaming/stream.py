@@ -11,6 +11,7 @@ from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation, Picture, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.answer_verdicts import (
+    DiagnosedMention,
     compute_columns,
     extract_mentions,
     feature_set,
@@ -18,7 +19,6 @@ from stethoscope.diagnosis.answer_verdicts import (
     score_mentions,
     shift_sentence,
 )
-from stethoscope.diagnosis.verdict import DiagnosedMention
 from stethoscope.streaming.backtrack import Backtrack, make_streamer
 from stethoscope.streaming.events import Final, StreamEvent
 from stethoscope.streaming.warning_streamer import WarningStreamer, decode_answers

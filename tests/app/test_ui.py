@@ -18,7 +18,7 @@ from stethoscope import diagnose, testbed
 from stethoscope.app import payload, sessions
 from stethoscope.core.text import percent as text_percent
 from stethoscope.core.types import Generation
-from stethoscope.diagnosis.verdict import mention_outcome
+from stethoscope.diagnosis.answer_verdicts import mention_outcome
 from stethoscope.report.examples import read_examples
 from stethoscope.report.run_report import EXAMPLES
 from stethoscope.report.run_source import RunReader

@@ -17,7 +17,7 @@ function counted(number, noun) {
   return `${number} ${noun}${number === 1 ? "" : "s"}`;
 }
 
-function outcome(label, alarm) { // as stethoscope.diagnosis.verdict.mention_outcome
+function outcome(label, alarm) { // as stethoscope.diagnosis.answer_verdicts.mention_outcome
   if (label < 0) return "not judged";
   return label ? (alarm ? "caught" : "missed") : (alarm ? "false alarm" : "right");
 }

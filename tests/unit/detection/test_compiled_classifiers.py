@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stethoscope.core.errors import ArtefactError
-from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.compiled_classifiers import SKLEARN, compile_classifier, restore_classifier
 from stethoscope.detection.estimators import make_estimator
 

@@ -13,9 +13,9 @@ from PIL import Image
 import stethoscope
 from stethoscope import testbed
 from stethoscope.core.types import Answer
-from stethoscope.diagnosis.attention_payload import attention_payload
+from stethoscope.diagnosis.answer_verdicts import DiagnosedMention, TokenVerdict
 from stethoscope.diagnosis.diagnosis import Diagnosis
-from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
+from stethoscope.diagnosis.viewer_parts import attention_payload
 
 EVIL = "A <script>alert(1)</script> *dog*\n# and </p> [a](javascript:alert(1)) <img src=x onerror=alert(1)> & `cat`"
 

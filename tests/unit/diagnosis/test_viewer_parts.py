@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import stethoscope
 from stethoscope import testbed
 from stethoscope.core.types import Generation
-from stethoscope.diagnosis.edited_answer import compare_texts, describe_edit, edit_payload
 from stethoscope.diagnosis.run_diagnosis import diagnose
+from stethoscope.diagnosis.viewer_parts import compare_texts, describe_edit, edit_payload
 from stethoscope.mitigation.answers import Ask, Drop, Rerank
 from stethoscope.tracing.mention_passes import yes_odds
 

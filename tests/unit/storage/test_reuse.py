@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from stethoscope.core.errors import ConfigError
-from stethoscope.storage.remote_run import FILES, local_run
+from stethoscope.storage.reuse import FILES, local_run
 
 
 @pytest.fixture
