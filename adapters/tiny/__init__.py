@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stethoscope.adapters.tiny import author_families, decoder_families, qformer_families
+from stethoscope.adapters.tiny import decoder_families, qformer_families
 from stethoscope.adapters.tiny.tokenizers import llama_tokenizer
 from stethoscope.core.errors import CapabilityError, unknown
 
@@ -39,10 +39,10 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "blip-2-t5": qformer_families.blip2_t5,
     "instructblip-vicuna": qformer_families.instructblip_vicuna,
     "instructblip-t5": qformer_families.instructblip_t5,
-    "convllava": author_families.convllava,
-    "mplug_owl2": author_families.mplug_owl2,
-    "minigpt4-vicuna": author_families.minigpt4_vicuna,
-    "minigpt4-llama2": author_families.minigpt4_llama2,
+    "convllava": decoder_families.convllava,
+    "mplug_owl2": decoder_families.mplug_owl2,
+    "minigpt4-vicuna": decoder_families.minigpt4_vicuna,
+    "minigpt4-llama2": decoder_families.minigpt4_llama2,
 }
 """Builders by ``family``: transformers' ``model_type``, or a name of ours."""
 

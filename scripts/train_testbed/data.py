@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from scripts.train_testbed.architecture import IMAGE_TOKENS, PATCH, PIXEL_MEAN, PIXEL_STD
 from stethoscope.core.files import replacing
 from stethoscope.testbed import language
-from stethoscope.testbed.architecture import IMAGE_TOKENS, PATCH, PIXEL_MEAN, PIXEL_STD
 from stethoscope.testbed.drawing import SIZE
 from stethoscope.testbed.scene import Scene, SceneObject, scene_at
 from stethoscope.testbed.vocabulary import CATEGORIES, INDEX

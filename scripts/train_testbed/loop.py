@@ -21,10 +21,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from scripts.train_testbed.architecture import build_model, build_processor, build_tokenizer
 from scripts.train_testbed.data import Encoder, load_split, render_split
 from scripts.train_testbed.stages import AlignStage, JointStage, LanguageStage, Stage, Student, VisionStage
 from stethoscope.core.files import replacing
-from stethoscope.testbed.architecture import build_model, build_processor, build_tokenizer
 
 SLOW = 1 / 3
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

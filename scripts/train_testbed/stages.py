@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from scripts.train_testbed.architecture import DEPTH, INITIAL_STD, WIDTH
 from scripts.train_testbed.data import ANSWER, CAPTION, GRID, Batch, Encoder, Rendered, conversations, pack, pixels
-from stethoscope.testbed.architecture import DEPTH, INITIAL_STD, WIDTH
 from stethoscope.testbed.scene import Scene
 from stethoscope.testbed.vocabulary import CATEGORIES
 

@@ -137,7 +137,7 @@ def test_growth_fits_exponents_and_marks_what_grows_faster(monkeypatch, tmp_path
 
 def test_the_table_of_two_checkouts_takes_ratios_pair_by_pair(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    against_table = __import__("against_table")
+    against = __import__("against")
     seconds = [  # by pair, of the run without features and of `fast`, before and after; the machine slows down
         ((1.0, 1.2), (1.0, 1.1)),
         ((2.0, 2.6), (1.8, 2.16)),
@@ -148,18 +148,17 @@ def test_the_table_of_two_checkouts_takes_ratios_pair_by_pair(monkeypatch):
             way: [value, 2 * value] for way, value in (("none", plain), ("fast", fast), ("default", 9), ("full", 9))
         }}
         for number, pair in enumerate(seconds)
-        for name, (plain, fast) in zip(against_table.CHECKOUTS, pair, strict=True)
+        for name, (plain, fast) in zip(against.CHECKOUTS, pair, strict=True)
     ]  # fmt: skip
     alone = {**lines[0], "round": 3}  # its pair is missing
-    rows = {
-        row.split(" | ")[0][2:]: row.split(" | ")[1:] for row in against_table.table([*lines, alone], 1).split("\n")
-    }
+    rows = {row.split(" | ")[0][2:]: row.split(" | ")[1:] for row in against.table([*lines, alone], 1).split("\n")}
     assert rows["run without features, batches of 8, s"][2] == "1.00 (0.90-1.10)"
     assert rows["`fast`, batches of 8, x plain"] == [
         "1.20 (1.10-1.30)", "1.10 (1.00-1.20)", "0.92 (0.91-0.92)", "1.10", "yes",
         "1.20 (1.10-1.30)", "1.10 (1.00-1.20) |",
     ]  # fmt: skip
-    sys.modules.pop("against_table")
+    for name in ("against", "harness", "shapes"):
+        sys.modules.pop(name)
 
 
 def test_slow_tests_begin_with_what_failed_never_ran_or_ran_long_ago():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.train_testbed.architecture import build_model
 from scripts.train_testbed.data import Encoder, Rendered, load_split, patch_labels, render_split
 from scripts.train_testbed.loop import MuonWithAdam, orthogonalise, run_stage
 from scripts.train_testbed.stages import AlignStage, JointStage, LanguageStage, Student, VisionStage, thin_noise
 from stethoscope import testbed
-from stethoscope.testbed.architecture import build_model
 from stethoscope.testbed.scene import scene_at
 from stethoscope.testbed.vocabulary import INDEX
 
