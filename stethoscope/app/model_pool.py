@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.component import build, choices, compose
 from stethoscope.core.errors import CapabilityError, ConfigError, unknown
+from stethoscope.core.files import files_state
 from stethoscope.detection.artifact import MANIFEST
 from stethoscope.detection.lookup import (
     AUTO,
@@ -42,9 +43,6 @@ TRAIN_ONE = (
     "No detector of this model was found, so there are no warnings: tokens are coloured by how improbable they are. "
     "`stethoscope benchmark model={model}` trains one; then start the app again."
 )
-
-FileState = tuple[tuple[str, int, int], ...]
-"""Names, times of change and sizes of files."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Ready:
     adapter: Adapter
     detectors: Detectors
     image_features: ImageFeatureCache
-    chosen: dict[str, tuple[FileState, Detectors]] = field(default_factory=dict)
+    chosen: dict[str, tuple[str, Detectors]] = field(default_factory=dict)
     squared: dict[str, Adapter] = field(default_factory=dict)
 
     def with_square(self, square: str) -> Ready:
@@ -156,7 +154,7 @@ class ModelPool:
         if name not in self.detector_names:  # a name, never a path
             raise ConfigError(unknown("detector", name, self.detector_names))
         folder = DETECTOR_DIR if name == BUNDLED else self._runs / name
-        state = () if name == "none" else _file_state(detector_folder(str(folder)))
+        state = "" if name == "none" else files_state(sorted(detector_folder(str(folder)).iterdir()))
         if name not in ready.chosen or ready.chosen[name][0] != state:  # a run's detector may be replaced
             loaded = self._load_detectors(ready.adapter, None if name == "none" else str(folder), None)
             ready.chosen[name] = state, loaded
@@ -266,12 +264,6 @@ class ModelPool:
         if live is not None:
             raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")
         return Detectors(detector, origin=describe_origin(final), folder=final)
-
-
-def _file_state(folder: Path) -> FileState:
-    """Describe the files of a folder, so that two descriptions are equal while none has been replaced."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
-    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
 def _check_features(detector: Detector, adapter: Adapter) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.app import payload
 from stethoscope.app.answer import Question
 from stethoscope.app.model_pool import ModelPool
+from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import ArtefactError, ConfigError, StethoscopeError, unknown
 from stethoscope.core.html import data_uri
 from stethoscope.core.types import Generation, ImageRef
@@ -75,7 +76,7 @@ class Runs:
         self._report = lru_cache(4)(self._report_page)
         self._comparison = lru_cache(4)(self._comparison_page)
         self._reader = lru_cache(256)(self._read_run)
-        self._samples: dict[str, dict[str, Sample]] = {}
+        self._samples = LRUCache(4)  # samples of tasks by id
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -376,8 +377,7 @@ class Runs:
             rebuilt = saved_task(source.store, task, self._plugins, offline=True)
             rebuilt.setup()
             samples = {sample.id: sample for sample in rebuilt.samples()}
-            kept = list(self._samples.items())[-3:]
-            self._samples = dict([*kept, (described, samples)])
+            self._samples.put(described, samples)
         return samples
 
 

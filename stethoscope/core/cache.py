@@ -1,7 +1,8 @@
-"""A least-recently-used cache, bounded by the number of its values or by their total size."""
+"""A least-recently-used cache, bounded by the number of its values or by their total size; threads may share it."""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -29,22 +30,25 @@ class LRUCache:
     size: Callable[[Any], int] = field(default=lambda value: 1)
     used: int = 0
     values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self.values
 
     def get(self, key: Hashable) -> Any:
         """Return the value of a key and mark it as the newest; None if it is not cached."""
-        if key in self.values:
-            self.values.move_to_end(key)
-        return self.values.get(key)
+        with self._lock:
+            if key in self.values:
+                self.values.move_to_end(key)
+            return self.values.get(key)
 
     def put(self, key: Hashable, value: Any) -> Any:
         """Store a value, drop the oldest ones that no longer fit, and return the value."""
-        if key in self.values:
-            self.used -= self.size(self.values.pop(key))
-        self.used += self.size(value)
-        self.values[key] = value
-        while self.used > self.limit and len(self.values) > 1:
-            self.used -= self.size(self.values.popitem(last=False)[1])
+        with self._lock:
+            if key in self.values:
+                self.used -= self.size(self.values.pop(key))
+            self.used += self.size(value)
+            self.values[key] = value
+            while self.used > self.limit and len(self.values) > 1:
+                self.used -= self.size(self.values.popitem(last=False)[1])
         return value

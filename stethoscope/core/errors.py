@@ -48,6 +48,16 @@ def wrong_type(name: str, expected: str, value: object) -> ConfigError:
     return ConfigError(f"{name} should be {expected}, got {type(value).__name__}")
 
 
+def check_list(name: str, expected: str, items: object, kind: type = Iterable) -> None:
+    """Check that a value is a list or the like: of ``kind``, and no text, whose letters nobody means.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(items, (str, bytes)) or not isinstance(items, kind):
+        raise wrong_type(name, expected, items)
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Write the message for an unknown name, with close matches or names that begin so, and the known names.
 

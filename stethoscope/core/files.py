@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -295,6 +295,12 @@ def check_shape(path: object, value: Any, shape: Any, remedy: str = "", name: st
             if key not in value:
                 raise damaged(path, f"{inner} is missing", remedy)
             check_shape(path, value[key], shape.get(key, shape.get("*")), remedy, inner)
+
+
+def files_state(paths: Iterable[Path]) -> str:
+    """Describe files, so that two descriptions are equal while none has changed; missing ones are left out."""
+    stats = [(path.name, path.stat()) for path in paths if path.exists()]
+    return " ".join(f"{name}-{stat.st_mtime_ns:x}-{stat.st_size:x}" for name, stat in stats)
 
 
 def damaged(path: object, reason: str, remedy: str = "") -> ArtefactError:

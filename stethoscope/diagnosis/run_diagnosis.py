@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters.base import check_asked
-from stethoscope.core.errors import CapabilityError, ConfigError, DataError, wrong_type
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, check_list, wrong_type
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Picture, Sample, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.answer_verdicts import (
@@ -158,11 +158,10 @@ def _check_arguments(
         raise ConfigError(f"scope={scope!r} should be row or token")
     if asks not in ("question", "description"):
         raise ConfigError(f"asks={asks!r} should be question or description")
-    if truth is not None and (isinstance(truth, (str, bytes)) or not isinstance(truth, Collection)):
-        raise wrong_type("truth", "a list of names of objects", truth)
-    listed = mentions is None or (isinstance(mentions, Sequence) and not isinstance(mentions, (str, bytes)))
-    if not listed:
-        raise wrong_type("mentions", "a list of Mention", mentions)
+    if truth is not None:
+        check_list("truth", "a list of names of objects", truth, Collection)
+    if mentions is not None:
+        check_list("mentions", "a list of Mention", mentions, Sequence)
     for mention in mentions or ():
         if not isinstance(mention, Mention):
             raise wrong_type("mentions", "a list of Mention", mention)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from stethoscope.core.errors import ConfigError, unknown, wrong_type
+from stethoscope.core.errors import ConfigError, check_list, unknown, wrong_type
 from stethoscope.core.files import as_path
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.callbacks import Callback
@@ -93,9 +93,9 @@ class Evaluator:
             or not meeting_minutes > 0
         ):
             raise ConfigError(f"meeting_minutes={meeting_minutes!r} should be a number above 0")
-        for name, items in (("callbacks", callbacks), ("loggers", loggers)):
-            if isinstance(items, (str, bytes)) or not isinstance(items, (Iterable, Loggers)):
-                raise wrong_type(name, f"a list of {name}", items)
+        check_list("callbacks", "a list of callbacks", callbacks)
+        if not isinstance(loggers, Loggers):
+            check_list("loggers", "a list of loggers", loggers)
         if not isinstance(generation, Generation):
             raise wrong_type("generation", "a Generation(max_new_tokens=...)", generation)
         if answers is not None and not isinstance(answers, (AnswerLog, str, os.PathLike)):

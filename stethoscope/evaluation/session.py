@@ -319,13 +319,13 @@ class RunSession:
 
     def _gather(self, samples: tuple[Sample, ...]) -> None:
         """Read the records of the other ranks."""
-        self.run.samples, ids = samples, {sample.id for sample in samples}
+        self.run.samples, self.run.merged, ids = samples, True, {sample.id for sample in samples}
         self.run.reset()
         store = required(self.run.store)  # several ranks always have a run directory
         for record in store.records(self.run.task.name):
             if record.sample_id in ids:
                 self.run.record(record)
-        if self.run.failed == self.run.total and not self.evaluator.keeps_answers:  # a rank alone has too few to tell
+        if self.run.is_broken and not self.evaluator.keeps_answers:
             first = next(iter(store.records(self.run.task.name)))
             raise DataError(f"all {self.run.total} samples failed; sample {first.sample_id}: {first.error}")
 

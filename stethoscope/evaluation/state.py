@@ -58,6 +58,7 @@ class RunState:
         outcomes: outcomes of finished samples, by sample id.
         resumed: number of samples that were done before this session.
         failed: number of finished samples that have failed, or could not be traced by ``extract``.
+        merged: whether the samples are those of all ranks.
         given: answers of a log, which the model reads instead of writing its own; None without a log.
     """
 
@@ -70,6 +71,7 @@ class RunState:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     resumed: int = 0
     failed: int = 0
+    merged: bool = False
     given: JoinedAnswers | None = None
 
     @property
@@ -87,8 +89,8 @@ class RunState:
         """Whether all samples have failed, so many and of so many pictures that the model or the setup is to blame."""
         if self.failed < self.done:
             return False
-        # the few samples of one of several ranks prove little when they fail; ``RunSession.finish`` sees all of them
-        enough = MAX_FAILURES if self.distributed.is_distributed else min(MAX_FAILURES, self.total)
+        # the few samples of one of several ranks prove little when they fail
+        enough = MAX_FAILURES if self.distributed.is_distributed and not self.merged else min(MAX_FAILURES, self.total)
         groups = {sample.group for sample in self.samples}
         failed = {outcome.group for outcome in self.outcomes.values()}
         return self.done >= enough and len(failed) >= min(MAX_FAILED_GROUPS, len(groups))

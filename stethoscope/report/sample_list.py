@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.core.errors import ArtefactError, StethoscopeError
+from stethoscope.core.files import files_state
 from stethoscope.core.text import counted
 from stethoscope.diagnosis.answer_verdicts import mention_outcome
 from stethoscope.report.export import outcome_of
@@ -30,9 +31,7 @@ Entry = tuple[Record, dict[str, Any]]
 
 def read_state(folders: Sequence[Path]) -> str:
     """Describe the files of runs that the list shows, so that two descriptions are equal while nothing has changed."""
-    files = [path for folder in folders for name in STATE_FILES for path in sorted(folder.glob(name))]
-    stats = [path.stat() for path in files if path.exists()]
-    return " ".join(f"{stat.st_mtime_ns:x}-{stat.st_size:x}" for stat in stats)
+    return files_state(path for folder in folders for name in STATE_FILES for path in sorted(folder.glob(name)))
 
 
 def list_samples(sources: Sequence[RunReader]) -> tuple[list[dict[str, Any]], str]:

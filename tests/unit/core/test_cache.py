@@ -1,0 +1,25 @@
+"""The LRU cache when several threads share it."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from stethoscope.core.cache import LRUCache
+
+
+def test_threads_may_share_it():
+    cache = LRUCache(40, len)
+
+    def work(seed):
+        for step in range(4000):
+            key = (seed * 31 + step * 7) % 23
+            cache.put(key, "a" * (1 + key))
+            cache.get((key + 5) % 23)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert cache.used == sum(map(len, cache.values.values())) <= 40
