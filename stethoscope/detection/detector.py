@@ -19,7 +19,7 @@ from stethoscope.core.files import as_path
 from stethoscope.core.token_table import FeatureSchema, Repeats, Subtokens, check_table, feature_names
 from stethoscope.detection import artifact
 from stethoscope.detection.calibrated_model import CalibratedModel, Examples
-from stethoscope.detection.design_matrix import Inputs, frequent_objects
+from stethoscope.detection.design_matrix import Inputs, Selection, check_settings, frequent_objects
 from stethoscope.detection.detector_manifest import DetectorManifest, check_notes
 from stethoscope.detection.estimator_classes import restored_classifier
 from stethoscope.detection.estimators import add_prefix
@@ -28,7 +28,6 @@ from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import intercept_of_share, mixture_line, share_of_hallucinated, shrunk_line
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee
 from stethoscope.detection.shift import RunShift, ShiftMonitor
-from stethoscope.detection.table_selection import Selection, check_settings
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
 from stethoscope.detection.warning_threshold import WarningThreshold, best_threshold, choose_threshold
 
