@@ -134,7 +134,7 @@ def build_leaderboard(
             "grounded ones are needed: run the task on more samples"
         )
     methods = available_methods(parts["train"]) if published else []
-    entries, best, skipped = _entries(table, detectors, parts, selection)
+    entries, best, skipped = _entries(table, detectors, parts)
     for method in methods:
         result = score_published(method, parts, selection, seed)
         entries.append(
@@ -198,7 +198,6 @@ def _entries(
     table: pd.DataFrame,
     detectors: Mapping[str, Detector],
     parts: Mapping[str, pd.DataFrame],
-    selection: MentionSelection,
 ) -> tuple[list[_Entry], dict[str, str], tuple[str, ...]]:
     """Return entries (but published detectors), the best feature by metric of ``AREAS``, features without any value."""
     train, test = parts["train"], parts["test"]

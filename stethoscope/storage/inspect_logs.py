@@ -129,12 +129,12 @@ def read_inspect(path: Path) -> Contents:
     if zipfile.is_zipfile(path):
         with open_archive(path) as archive:
             header, samples = _read_archive(archive, path)
-            return _contents(path, header, samples)
+            return _contents(header, samples)
     header = read_json(path)
     if not isinstance(header, dict) or not isinstance(header.get("samples"), list):
         raise DataError(f"{path}: a log of inspect_ai has a list 'samples'; this one does not (log_samples=false?)")
     samples = ((f"{path}, samples[{index}]", sample) for index, sample in enumerate(header["samples"]))
-    return _contents(path, header, samples)
+    return _contents(header, samples)
 
 
 def _read_archive(archive: zipfile.ZipFile, path: Path) -> tuple[Mapping[str, Any], Iterator[tuple[str, Any]]]:
@@ -160,7 +160,7 @@ def _read_archive(archive: zipfile.ZipFile, path: Path) -> tuple[Mapping[str, An
     return header, zip(origin, (read_entry(archive, entry, path) for entry in samples), strict=True)
 
 
-def _contents(path: Path, header: Mapping[str, Any], samples: Iterable[tuple[str, Any]]) -> Contents:
+def _contents(header: Mapping[str, Any], samples: Iterable[tuple[str, Any]]) -> Contents:
     """Build answers of samples, each with its origin, and take names from the header."""
     first: dict[str, tuple[int, LoggedAnswer]] = {}
     further = redacted = 0
