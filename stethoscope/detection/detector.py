@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit, logit
 from sklearn.base import BaseEstimator
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, first_line, wrong_type
@@ -25,11 +24,11 @@ from stethoscope.detection.estimator_classes import restored_classifier
 from stethoscope.detection.estimators import add_prefix
 from stethoscope.detection.evidence_prior import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
-from stethoscope.detection.recalibration import intercept_of_share, mixture_line, share_of_hallucinated, shrunk_line
+from stethoscope.detection.recalibration import mixture_line, recalibrate
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee
 from stethoscope.detection.shift import RunShift, ShiftMonitor
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
-from stethoscope.detection.warning_threshold import WarningThreshold, best_threshold, choose_threshold
+from stethoscope.detection.warning_threshold import WarningThreshold, choose_threshold
 
 
 class Detector:
@@ -280,7 +279,6 @@ class Detector:
                 sees no changed share of hallucinations, or something else that has changed more.
             ArtefactError: as in ``predict``.
         """
-        slope, intercept = self.model.line
         rows = self.monitored_mentions(table)
         rows = rows[rows["label"] >= 0].reset_index(drop=True) if labelled else rows
         if not len(rows):
@@ -288,25 +286,14 @@ class Detector:
         scores = self.model.scores(self._matrix(rows))
         if not labelled and self.monitor is not None:
             self.monitor.check_share_alone(rows, scores)
-        log_odds = slope * scores + intercept
-        labels = rows["label"].to_numpy(dtype=int)
-        share = float(labels.mean()) if labelled else share_of_hallucinated(self.predict(rows), self._base_rate)
-        line = shrunk_line(log_odds, labels) if labelled else (1.0, intercept_of_share(share, self._base_rate))
+        images, labels = int(rows["group"].nunique()), rows["label"].to_numpy(dtype=int) if labelled else None
+        line, base_rate, model, threshold = recalibrate(
+            self.model, scores, labels, self._base_rate, self.threshold, images
+        )
         new = copy.copy(self)
-        calibrator = PlattScaling(line[0] * slope, line[0] * intercept + line[1])
-        new._model = replace(self.model, calibrator=calibrator, held_out_scores=None)
+        new._model, new._base_rate, new.warning_threshold, new._guarantee = model, base_rate, threshold, None
         new.settings = self.settings | {"calibration": "platt", "threshold": "f1"}
         new._selection = Selection(new.settings)
-        new._guarantee, new._base_rate = None, float(np.clip(share, 1e-4, 1 - 1e-4))
-        images = int(rows["group"].nunique())
-        how = f"{images} labelled pictures" if labelled else f"{images} pictures without labels"
-        if labelled and 0 < labels.mean() < 1:
-            new.warning_threshold = WarningThreshold(best_threshold(labels, new.predict(rows)), f"highest F1 on {how}")
-        else:
-            threshold = self.threshold
-            if 0 < threshold < 1:  # 0 warns of everything and 1 of nothing, whatever the calibration
-                threshold = float(expit(line[0] * logit(threshold) + line[1]))
-            new.warning_threshold = WarningThreshold(threshold, f"as before, recalibrated on {how}")
         new.notes = {key: value for key, value in self.notes.items() if key not in ("split", "figures")}
         new.notes["recalibrated"] = {"images": images, "mentions": len(rows), "labelled": labelled, "line": list(line)}
         if self.monitor is not None:

@@ -12,13 +12,19 @@ hallucinated mentions, as speaker verification is calibrated without labels (Bru
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 
+from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.estimators import log_loss_of
+from stethoscope.detection.inference import PlattScaling
+from stethoscope.detection.warning_threshold import WarningThreshold, best_threshold
 
 SLOPE_SPREAD, INTERCEPT_SPREAD = 0.5, 1.5
 """Standard deviations of the normal priors of a (around 1) and b (around 0)."""
@@ -27,6 +33,61 @@ FREEDOM = 4
 """Degrees of freedom of the mixture's distributions: scores have longer tails than a normal distribution."""
 ENOUGH_SCORES, SHARES = 100, (0.02, 0.5)
 """Mentions that a mixture needs, and between which shares its upper part can be the hallucinated mentions."""
+
+
+class Recalibration(NamedTuple):
+    """A classifier that is calibrated again.
+
+    Attributes:
+        line: slope and intercept from the log-odds of before to the new ones.
+        base_rate: share of hallucinated mentions of the new data, in (0, 1).
+        model: the classifier with its new calibration.
+        threshold: where it warns.
+    """
+
+    line: tuple[float, float]
+    base_rate: float
+    model: CalibratedModel
+    threshold: WarningThreshold
+
+
+def recalibrate(
+    model: CalibratedModel,
+    scores: np.ndarray,
+    labels: np.ndarray | None,
+    base_rate: float,
+    threshold: float,
+    images: int,
+) -> Recalibration:
+    """Calibrate a classifier again: by ``shrunk_line`` with labels, else by ``share_of_hallucinated``.
+
+    Args:
+        model: the classifier, calibrated by a line.
+        scores: (mentions,) of the new data, before calibration.
+        labels: (mentions,) 1 hallucinated, 0 grounded; None without labels.
+        base_rate: share of hallucinated mentions where the model was calibrated, in (0, 1).
+        threshold: where it has warned, in [0, 1].
+        images: number of pictures of the new data.
+
+    Raises:
+        ConfigError: the calibration is isotonic, which is no line.
+    """
+    slope, intercept = model.line
+    if labels is None:
+        share = share_of_hallucinated(model.calibrate(scores), base_rate)
+        line, data = (1.0, intercept_of_share(share, base_rate)), f"{images} pictures without labels"
+    else:
+        share = float(labels.mean())
+        line, data = shrunk_line(slope * scores + intercept, labels), f"{images} labelled pictures"
+    calibrator = PlattScaling(line[0] * slope, line[0] * intercept + line[1])
+    new = replace(model, calibrator=calibrator, held_out_scores=None)
+    if labels is not None and 0 < share < 1:
+        warned = WarningThreshold(best_threshold(labels, new.calibrate(scores)), f"highest F1 on {data}")
+    else:
+        if 0 < threshold < 1:  # 0 warns of everything and 1 of nothing, whatever the calibration
+            threshold = float(expit(line[0] * logit(threshold) + line[1]))
+        warned = WarningThreshold(threshold, f"as before, recalibrated on {data}")
+    return Recalibration(line, float(np.clip(share, LOWEST_SHARE, 1 - LOWEST_SHARE)), new, warned)
 
 
 def shrunk_line(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
