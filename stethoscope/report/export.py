@@ -40,7 +40,7 @@ EXPORTERS = {
 }
 """Targets of ``stethoscope export``; each has a function in one of ``_MODULES`` that writes it."""
 _MODULES = {"every_eval_ever": "every_eval_ever", "hub_results": "hub_export", "inspect": "inspect_log",
-            "dataset": "hub_export", "html": "html_export", "custom_generate": "hub_export"}  # fmt: skip
+            "dataset": "hub_export", "html": "sample_list", "custom_generate": "hub_export"}  # fmt: skip
 RELATIONS = ("first_party", "third_party", "collaborative", "other")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RIGHT = ("right", "correct")
