@@ -36,7 +36,9 @@ LINE_COMMANDS = {
     "judge": ["--help"],
 }  # no Hydra applications
 OTHER_PROGRAMS = {"git", "cd", "export", "wandb", "pre-commit"}
-SLOW = {"README", "quickstart", "detectors", "looking", "runs", "streaming", "own/feature", "own/detector", "features"}
+SLOW = {"README", "quickstart", "detectors", "looking", "mitigation", "runs", "streaming", "features"}
+SLOW |= {"own/feature", "own/detector", "own/estimator"}
+"""Pages that train a detector, stream, or compare methods; what they show is tested on fewer scenes elsewhere."""
 NUMBER = re.compile(r"\d*\.?\d+")
 
 

@@ -1,6 +1,7 @@
 """What the contract tests share: adapters by the name of their configuration, pictures, questions, plain passes."""
 
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +44,9 @@ NEAR = 5e-5  # of tiny models with wide weights, whose logits are around 10
 LANGUAGE = ("model.language_model", "model.text_model", "language_model.model.decoder", "language_model.model")
 
 
+@cache  # every worker composes them for its list of tests, some forty of them several times
 def configured(name, *overrides):
+    """The configuration of a model, which is only read."""
     with initialize_config_module("stethoscope.conf", version_base=None):
         return compose(overrides=[f"+model={name}", "model.device=cpu", "model.dtype=float32", *overrides]).model
 

@@ -13,15 +13,15 @@ from helpers.token_tables import token_table
 from stethoscope.detection.detector import Detector
 from stethoscope.testbed import DETECTOR_DIR
 
-RUN = ["mitigate", "methods=[none,drop]", "chair.scenes=20", "pope.scenes=2", "callbacks=none", "name=all"]
+RUN = ["mitigate", "methods=[none,drop]", "chair.scenes=12", "pope.scenes=2", "callbacks=none", "name=all"]
 
 
 def test_methods_are_compared_and_resumed(stethoscope, tmp_path):
-    words = [*RUN, "stop=[8,16]", "brief=Describe this image briefly.", "temperatures=[0.5]"]
+    words = [*RUN, "stop=[16]", "brief=Describe this image briefly.", "temperatures=[0.5]"]
     printed = stethoscope(*words, code=0)
     folder = tmp_path / "runs" / "all"
     methods = {item["name"]: item for item in json.loads((folder / "mitigation.json").read_text())["methods"]}
-    assert list(methods) == ["greedy", "drop", "temperature 0.5", "brief", "stop at 8", "stop at 16"]
+    assert list(methods) == ["greedy", "drop", "temperature 0.5", "brief", "stop at 16"]
     greedy, dropped, stopped = methods["greedy"], methods["drop"], methods["stop at 16"]
     recorded = {
         row["metric"]: row["value"]
