@@ -40,7 +40,7 @@ def _names_by_group(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Read the command line: names by the group that they follow; every group without names where none is given.
 
     Raises:
-        ConfigError: a word is neither a group nor, after one, a name in it.
+        ConfigError: a word is an option, or neither a group nor, after one, a name in it.
     """
     if not arguments:
         return {group: [] for group in groups()}
@@ -48,6 +48,8 @@ def _names_by_group(arguments: Sequence[str]) -> dict[str, list[str]]:
     named: dict[str, list[str]] = {}
     group = ""
     for word in arguments:
+        if word.startswith("-"):
+            raise ConfigError(f"{word} is no option of list, which takes GROUP, NAME and plugins=PACKAGE")
         if word in known:
             group = known[word]
             named.setdefault(group, [])
@@ -87,7 +89,7 @@ def _print_features(names: Sequence[str]) -> None:
     for name in names:
         if name not in {*sets, *own, *FEATURES}:
             raise ConfigError(
-                unknown("feature, group of features or choice of features", name, [*FEATURES, *own, *sets])
+                unknown("feature, group of features or choice of features", name, sorted({*FEATURES, *own, *sets}))
             )
     if not names or not sets.keys().isdisjoint(names):
         _print_choices("features", [name for name in names if name in sets])

@@ -228,7 +228,10 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
             file = cause.missing_cfg_file or ""
             if file.partition("/")[0] in groups():  # a name may contain a folder, as paper/svar
                 group, _, name = file.partition("/")
-                return unknown(group, name, {*choices(group), *(cause.options or ())})  # none for a list of names
+                shipped, options = choices(group), set(cause.options or ())  # none for a list of names
+                plugged = any(word.startswith("plugins=") for word in overrides) and options <= shipped.keys()
+                hint = "; --config-dir FOLDER adds those of your own" if plugged else ""
+                return unknown(group, name, {*shipped, *options}) + hint
             group, _, name = file.rpartition("/")
             if group == "hydra/launcher" and name in LAUNCHERS:
                 return f'{group}={name} is not installed: pip install "lvlm-stethoscope[sweeps]"'
