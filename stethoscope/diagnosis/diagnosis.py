@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
+    from stethoscope.diagnosis.layers_pass import AttentionMaps
     from stethoscope.relevancy import Relevancy
-    from stethoscope.tracing.attention_maps import AttentionMaps
 
 CONTRIBUTIONS = ("sum", "max", "mean")
 SHARES = ("image", "question", "answer", "rest")

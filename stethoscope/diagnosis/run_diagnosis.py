@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
+    from stethoscope.diagnosis.layers_pass import AttentionMaps
     from stethoscope.evaluation.edit_answers import EditedAnswer
-    from stethoscope.tracing.attention_maps import AttentionMaps
     from stethoscope.tracing.mention_passes import Resampling
     from stethoscope.tracing.trace import Encoded, Trace
 

@@ -20,7 +20,7 @@ from stethoscope.relevancy.heatmaps import image_token_tiles, one_grid
 
 if TYPE_CHECKING:
     from stethoscope.diagnosis.diagnosis import Diagnosis
-    from stethoscope.tracing.attention_maps import AttentionMaps
+    from stethoscope.diagnosis.layers_pass import AttentionMaps
     from stethoscope.tracing.token_spans import Box, TokenRegions
 
 
