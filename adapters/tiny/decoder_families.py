@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.authors.processor import ImageTokenProcessor
 
-
 _LLAVA_CHAT = (
     "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
     "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"

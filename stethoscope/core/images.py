@@ -26,7 +26,6 @@ from stethoscope.core.errors import DataError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
 BACKGROUND = (255, 255, 255)
 """Colour behind transparent pixels: white, as on a page.
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from stethoscope.tracing.mention_passes import Resampling
     from stethoscope.tracing.trace import Encoded, Trace
 
-
 FeatureContributions = tuple[tuple[str, float], ...]
 """Features and their contributions to the evidence, in log-odds, strongest first; above 0 means hallucinated."""
 

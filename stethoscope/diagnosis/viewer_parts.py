@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.layers_pass import AttentionMaps
     from stethoscope.tracing.token_spans import Box, TokenRegions
 
-
 KINDS = {
     "item": "taken out of its list",
     "clause": "went with its clause",

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from stethoscope.tracing.trace import Trace
 
-
 BOOSTED_JUMP, BOOSTED_LEAST = 0.3, 0.005
 """BoostedProb: smallest drop of probability behind the dominant words as a share and absolute."""
 RAUQ_ALPHA = 0.5

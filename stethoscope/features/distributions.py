@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from stethoscope.tracing.trace import TensorPart, Trace
 
-
 Result = TypeVar("Result")
 
 LARGEST = 201

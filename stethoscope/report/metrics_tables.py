@@ -28,10 +28,6 @@ from stethoscope.storage.run_dir import RunStore, read_warnings
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from stethoscope.detection.detector_results import DetectorResults
-    from stethoscope.evaluation.results import TaskResults
-
-
 RANKING = {
     "auroc": "AUROC",
     "auroc_controlled": "position-controlled",

@@ -26,9 +26,6 @@ from stethoscope.storage.sample_notes import NOTES, Note, read_notes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stethoscope.storage.records import Record
-
-
 MOST_SAMPLES = 3000  # of a task in the list, of one run or of all
 ANSWER_LENGTH = 320  # characters of an answer in the list
 UNJUDGED = {1: "hallucinated", 0: "grounded", -1: "not judged"}

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from stethoscope.core.types import Generation
     from stethoscope.tasks.base import Task
 
-
 logger = logging.getLogger(__name__)
 
 LOCKS = ".answers"  # folder with a lock file per set of answers

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.tracing.trace import Spans
 
 STEPS, STEP = 1000, 500
 """Steps of the diffusion schedule, and the one that the published scripts noise to."""

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.tracing.trace import Encoded
-
 
 BLANKS = "▁Ġ "
 """Characters by which vocabularies mark a word after a blank."""
