@@ -113,6 +113,13 @@ def _shorten(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
+def object_index(rows: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
+    """Return the index in ``objects`` of every row's object, (rows,) int, -1 for any other."""
+    import pandas as pd  # light commands read the names of columns alone
+
+    return pd.Index(objects).get_indexer(pd.Index(rows["object"].to_numpy(dtype=str)))
+
+
 def require(table: pd.DataFrame, columns: Iterable[str]) -> None:
     """Check that a table has the columns.
 

@@ -23,11 +23,11 @@ from stethoscope.core.token_table import (
     feature_matrix,
     feature_names,
     mention_rows,
+    object_index,
     require,
     select_features,
 )
 from stethoscope.detection.calibrated_model import CALIBRATIONS
-from stethoscope.detection.cooccurrence import object_index
 from stethoscope.detection.estimator_classes import check_estimator
 from stethoscope.detection.estimators import make_estimator
 from stethoscope.detection.evidence_prior import EXTERNAL, Factored, external_columns

@@ -27,11 +27,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from stethoscope.core.token_table import require
+from stethoscope.core.token_table import object_index, require
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.compiled_classifiers import compile_classifier
-from stethoscope.detection.cooccurrence import object_index
 from stethoscope.detection.estimators import (
     C_choices,
     GroupedEstimator,

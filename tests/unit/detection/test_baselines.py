@@ -7,8 +7,7 @@ import pytest
 from helpers.token_tables import halves, token_table
 
 from stethoscope.core.token_table import mention_rows
-from stethoscope.detection.baselines import TextPrior
-from stethoscope.detection.cooccurrence import SMOOTHING, CoOccurrence, named_before
+from stethoscope.detection.baselines import SMOOTHING, CoOccurrence, TextPrior, named_before
 from stethoscope.metrics import classification
 
 
