@@ -430,6 +430,10 @@ def test_a_note_is_written_and_filtered_by(page, served, tmp_path):
     form.locator("select").nth(1).select_option("0")
     form.locator("input").fill("hidden, small")
     form.locator("textarea").fill(served.evil)
+    page.evaluate("document.querySelector('#list article').dataset.old = 1")
+    os.utime(served.runs / "small" / "samples.jsonl")
+    page.locator("#list [data-id=refresh]").click()
+    page.wait_for_function("!document.querySelector('#list article').dataset.old")  # a new list, the same form
     take(page, "note", tmp_path)
     form.get_by_role("button", name="save").click()
     try:

@@ -68,9 +68,13 @@ def distinct(names):
 
 
 def others_slow(names):
-    """Parameters of a fixture: configurations, those of no family of ``ONE_OF_A_KIND`` marked as slow."""
-    fast = {_family(name) for name in ONE_OF_A_KIND}
-    return [name if _family(name) in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """Parameters of a fixture: configurations, all but the first one of each family of ``ONE_OF_A_KIND`` slow."""
+    fast, families = set(), {_family(name) for name in ONE_OF_A_KIND}
+    for name in names:
+        if _family(name) in families:
+            families.remove(_family(name))
+            fast.add(name)
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def _family(name):

@@ -16,7 +16,7 @@ let split = new Set(); // runs and tasks whose images a detector has learned fro
 let rows = [], limit = PAGE, run = "", other = "", state = "", timer = 0, writable = false;
 let opened = null; // on a static page: key of the sample that is looked at, and the first character of a mention
 let page = null; // what a static page brings along: pictures, and the colours of heat maps
-let editing = null; // the note that is being written: key, name of the run, and the form, which survives a new list
+let editing = null; // the note that is being written: key, name of the run, the form, which survives a new list, and whether it was sent
 
 function options(id, pairs) {
   const before = $(id).value;
@@ -287,7 +287,7 @@ function noteForm(row, side, name) { // of the sample or of one of its mentions;
   about.append(...[["", "the sample"], ...side.mentions.map((one) => [one[3], `${one[0]} (${one[1]})`])].map(([value, text]) => Object.assign(make("option", text), { value })));
   label.append(...["", 1, 0, -1].map((value) => Object.assign(make("option", LABELS[value]), { value })));
   [tags.maxLength, words.maxLength, words.rows] = [300, 2000, 2];
-  tags.placeholder = "with commas between";
+  tags.placeholder = "separated by commas";
   const labelled = field("right label", label), fill = () => {
     const start = about.value === "" ? null : Number(about.value), note = side.notes.find((one) => one.start === start);
     labelled.hidden = start === null;
@@ -300,9 +300,11 @@ function noteForm(row, side, name) { // of the sample or of one of its mentions;
   form.setAttribute("aria-label", `note on sample ${row.sample}`);
   form.append(field("about", about), labelled, field("tags", tags), field("note", words), save, cancel);
   about.addEventListener("input", fill);
+  form.addEventListener("input", () => { if (editing) editing.sent = false; }); // it was refused, and is written on
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const start = about.value === "" ? null : Number(about.value), names = tags.value.split(",").map((tag) => tag.trim()).filter(Boolean);
+    editing.sent = true;
     trigger("note", { run: name, shown: run, other, task: row.task, sample: row.sample, start, label: start === null || label.value === "" ? null : Number(label.value), tags: names, text: words.value.trim() });
   });
   fill();
@@ -391,7 +393,7 @@ function openLink() { // of a static page, to a sample
 
 function look() { // again at a run in progress, while somebody sees it
   timer = 0;
-  if (element.offsetParent && !document.hidden && !editing) trigger("refresh", { run, other, state, asked: false });
+  if (element.offsetParent && !document.hidden && !(editing && editing.form.isConnected)) trigger("refresh", { run, other, state, asked: false });
   later();
 }
 
@@ -405,7 +407,7 @@ function receive() {
   const same = message.run === run && message.other === other; // of a run that is going on: nothing that was chosen is lost
   ({ rows, run, other, writable } = message);
   page = trigger ? null : message;
-  editing = null;
+  if (!same || (editing && editing.sent)) editing = null;
   state = message.state || "";
   if (!same) {
     pictures.clear();
