@@ -13,9 +13,10 @@ For every split seed all are fitted and judged on the same images: the probe, ou
 ``forward`` (one pass) and ``default`` (and a backward pass), and the published detectors that need one pass. The best
 of these is chosen on the test images, in its own favour. A last row judges ours on objects that it was never shown.
 
-    python scripts/check/ceiling.py runs/detectors --unlabelled runs/more   # features=default_verified, other pictures
+    python scripts/check/ceiling.py runs/detectors --unlabelled runs/more runs/most   # default_verified, other pictures
 
-adds ours as it is when it also learns from the model's replies about further pictures, whose labels it does not read.
+adds ours as it is when it also learns from the model's replies about the pictures of these runs, whose labels it does
+not read.
 """
 
 from __future__ import annotations
@@ -53,15 +54,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the split by image")
     parser.add_argument("--pictures", type=int, default=8000, help="that the probe learns from")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--unlabelled", help="a run of other pictures with the model's verification, without labels")
+    parser.add_argument("--unlabelled", nargs="+", default=(), help="runs of other pictures with the model's replies")
     options = parser.parse_args()
     torch.manual_seed(0)
     adapter = stethoscope.load("testbed")
     table = mentions(RunStore(options.run).tokens("chair"))
     learned = testbed.scenes(options.pictures, seed=SEED)
-    further = None if options.unlabelled is None else mentions(RunStore(options.unlabelled).tokens("chair"))
+    unlabelled = [mentions(RunStore(run).tokens("chair")) for run in options.unlabelled]
+    further = pd.concat(unlabelled, ignore_index=True, join="inner") if unlabelled else None
     if further is not None and set(further["group"]) & set(table["group"]):
-        parser.error(f"{options.unlabelled} shares pictures with {options.run}")
+        parser.error(f"{' or '.join(options.unlabelled)} shares pictures with {options.run}")
     probe = train(tokens_of(adapter, learned), presence(learned), options.epochs)
     table["ceiling"] = -present(adapter, probe, table)
     for seed in options.seeds:
