@@ -90,7 +90,7 @@ class WandbLogger(Logger):
             job_type=self.job_type,
             tags=self.tags,
             id=_run_id(folder),
-            resume="allow",
+            resume="allow" if self.mode == "online" else None,  # W&B warns that it ignores it offline
             mode=self.mode,
             dir=folder,
             settings=_quiet_settings(wandb),

@@ -157,7 +157,7 @@ def test_secrets_in_errors_of_a_logger_are_masked(tmp_path):
         Loggers([Down()]).setup(tmp_path)
 
 
-def test_a_resumed_run_goes_on_under_the_same_wandb_id(tmp_path):
+def test_a_resumed_run_goes_on_under_the_same_wandb_id_and_silently(tmp_path, capfd):
     pytest.importorskip("wandb")
     ids = []
     for value in (0.25, 0.5):
@@ -168,6 +168,7 @@ def test_a_resumed_run_goes_on_under_the_same_wandb_id(tmp_path):
         logger.log_metrics({"pope/all/f1": value})
         logger.finalize("failed" if value < 0.5 else "finished")
     assert ids[0] == ids[1]
+    assert capfd.readouterr().err == ""
     assert read(tmp_path).summary["pope/all/f1"] == 0.5
 
 
