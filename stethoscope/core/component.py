@@ -73,7 +73,7 @@ def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     if not _inside(module, allowed):  # the check before any import
         raise ConfigError(
             f"{key}={shown} is outside the packages that may be used ({', '.join(allowed)}); "
-            f"add plugins=[{package[:80]}] if you trust it"
+            f"add plugins=[{','.join([*allowed[1:], package[:80]])}] if you trust it"
         )
     try:
         value = getattr(importlib.import_module(module), name)

@@ -113,6 +113,11 @@ def test_what_names_nothing_is_refused_in_a_short_line(path):
     assert len(str(error.value)) < 300
 
 
+def test_a_plugin_that_is_missing_is_named_beside_those_that_are_there():
+    with pytest.raises(ConfigError, match=r"add plugins=\[json,csv\] if you trust it"):
+        import_class("csv.DictReader", object, "model", ["json"])
+
+
 def test_a_plugin_by_itself_or_in_a_list():
     assert build({"_target_": "collections.OrderedDict"}, dict, "model", "collections") == {}
 
