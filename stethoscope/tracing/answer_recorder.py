@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.tracing.attention_recorder import RowAttentionRecorder
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, eager_attention, last_row, record
 from stethoscope.tracing.logit_lens import Lens
+from stethoscope.tracing.model_parts import route_layers
 from stethoscope.tracing.trace import STREAM_REQUIREMENTS, Encoded
 
 ATTENTION_REQUIREMENTS = frozenset({"attention", "peaks", "own"})
@@ -35,7 +36,8 @@ class AnswerRecorder(AttentionRecorder):
 
     Attributes:
         scores: (B, V) float32 of every pass, which the caller adds: those that ``generate`` gives to processors.
-        hidden: by layer, (B, 1, D) of every pass; nothing without a lens.
+        depth: number of layers whose outputs are recorded; 0 without a lens.
+        hidden: (B, 1, D) after each of these layers, pass by pass.
         queries: by name of the attention module, (B, H, 1, d) of every pass.
         calls: by name, the last call.
     """
@@ -44,8 +46,9 @@ class AnswerRecorder(AttentionRecorder):
 
     def __init__(self, requires: frozenset[str], lens: Lens | None) -> None:
         self.requires, self._lens = requires, lens
+        self.depth = 0 if lens is None else len(lens.layers)
         self.scores: list[Tensor] = []
-        self.hidden: list[list[Tensor]] = []
+        self.hidden: list[Tensor] = []
         self.queries: dict[str, list[Tensor]] = {}
         self.calls: dict[str, AttentionCall] = {}
 
@@ -55,9 +58,8 @@ class AnswerRecorder(AttentionRecorder):
         with ExitStack() as stack:
             if not self.requires.isdisjoint(ATTENTION_REQUIREMENTS):
                 stack.enter_context(record(model, self))
-            for layer in [] if self._lens is None else self._lens.layers:
-                self.hidden.append([])
-                stack.callback(layer.register_forward_hook(self._keep_last(self.hidden[-1])).remove)
+            if self._lens is not None:
+                stack.enter_context(route_layers(list(self._lens.layers), self._run_layer))
             yield
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -65,14 +67,11 @@ class AnswerRecorder(AttentionRecorder):
         self.calls[call.site.name] = call
         return call.sdpa()
 
-    @staticmethod
-    def _keep_last(states: list[Tensor]) -> Callable[..., None]:
-        """Build a hook that adds a layer's output at the last position of every pass."""
-
-        def hook(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
-            states.append(last_row(output[0] if isinstance(output, tuple) else output))
-
-        return hook
+    def _run_layer(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Run a layer and keep its output at the last position; a forward hook takes twice as long."""
+        output = forward(*arguments, **options)
+        self.hidden.append(last_row(output[0] if isinstance(output, tuple) else output))
+        return output
 
 
 class RecordedRows(NamedTuple):
@@ -117,8 +116,10 @@ class RecordedAnswers:
             requires: parts of the trace, of those recorded.
         """
         count, chosen = max(len(self.token_ids[index]) for index in indices), list(indices)
-        hidden = [torch.cat(layer[:count], 1)[chosen] for layer in self.recorder.hidden]
-        logits = torch.stack(self.recorder.scores[:count], 1)[chosen]
+        picked = slice(None) if chosen == list(range(len(self.token_ids))) else chosen  # all, without a copy
+        depth, states = self.recorder.depth, self.recorder.hidden
+        hidden = [torch.cat(states[layer::depth][:count], 1)[picked] for layer in range(depth)]
+        logits = torch.stack(self.recorder.scores[:count], 1)[picked]
         attention = None
         if not requires.isdisjoint(ATTENTION_REQUIREMENTS):
             attention = self._attention(chosen, prompts, count, requires)
@@ -138,7 +139,9 @@ class RecordedAnswers:
             own = [column for part in self.columns[answer] for column in range(part.start, part.stop)]
             columns[row, offsets[row] : longest] = torch.tensor(own)
         seen = torch.arange(total) >= torch.tensor(offsets)[:, None]
-        mask = seen[:, None, None] & torch.ones(count, total, dtype=torch.bool).tril_(longest - 1)
+        seen = seen[:, None, None] & torch.ones(count, total, dtype=torch.bool).tril_(longest - 1)
+        dtype = next(iter(self.recorder.calls.values())).key.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
         spans = [prompt.spans.shifted(offset) for prompt, offset in zip(prompts, offsets, strict=True)]
         steps = torch.arange(count).expand(len(chosen), -1)
         attention = RowAttentionRecorder(steps, spans, total, None, offsets, longest - 1, requires)
@@ -150,7 +153,8 @@ class RecordedAnswers:
                     for answer, own in zip(chosen, columns, strict=True)
                 ]
             )
-            _, weights = eager_attention(call.module, query, key, key[..., :1], mask.to(query.device), **call.options)
+            mask = mask.to(query.device)
+            _, weights = eager_attention(call.module, query, key, key[..., :0], mask, **call.options)
             attention.on_weights(call.site, weights)
         attention.finish()
         return attention

@@ -22,6 +22,7 @@ from stethoscope.tracing.trace import hidden_layers
 
 _NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 _LOGITS = 2**24  # entries of logits computed at once where all layers of a token are decoded together
+_CACHED = 2**17  # entries of logits reduced at once on a CPU, in whose cache they stay
 
 
 class Lens:
@@ -120,22 +121,18 @@ class Lens:
         """
         if not self.checked and tokens.numel():
             self._check(hidden[-1], logits)
-        final = logits.log_softmax(-1)
-        parts: dict[str, list[Tensor]] = {"trajectory": []} if "trajectory" in requires else {}
+        final = logits.log_softmax(-1) if "trajectory" in requires else None
+        parts: dict[str, list[Tensor]] = {} if final is None else {"trajectory": []}
+        at_once = _CACHED // logits.shape[-1] if logits.device.type == "cpu" else len(logits)
+        size = max(1, at_once)  # rows
         for layer in [*hidden[:-1], None]:
-            decoded = logits if layer is None else self.decode(layer)
-            logprobs = final if layer is None else decoded.log_softmax(-1)
-            values: dict[str, Tensor] = {}
-            if "lens" in requires:
-                values["lens_logprob"], values["lens_rank"] = _logprob_and_rank(decoded, tokens, logprobs)
-            if "layer_entropy" in requires:
-                values["lens_entropy"] = -(logprobs.exp() * logprobs).sum(-1).cpu()
-                values["lens_top"] = decoded.argmax(-1).cpu()
-            if "trajectory" in requires and layer is not None:
-                values["trajectory"] = _divergence(logprobs.to(final.device), final)
-            for name, value in values.items():
-                parts.setdefault(name, []).append(value)
-        empty = final.new_zeros((*final.shape[:-1], 0)).cpu()  # the trajectory of a model with one layer
+            decoded = (logits if layer is None else self.decode(layer)).split(size)
+            others = [None] * len(decoded) if layer is None or final is None else final.split(size)
+            rows = zip(decoded, tokens.split(size), others, strict=True)
+            values = [_reduce(*part, requires) for part in rows]
+            for name in values[0]:
+                parts.setdefault(name, []).append(torch.cat([value[name] for value in values]))
+        empty = logits.new_zeros((*logits.shape[:-1], 0)).cpu()  # the trajectory of a model with one layer
         return {name: torch.stack(part, -1) if part else empty for name, part in parts.items()}
 
     def evidence(self, hidden: Tensor) -> Tensor:
@@ -224,6 +221,20 @@ def lens_of(model: PreTrainedModel) -> Lens:
     if model not in _lenses:
         _lenses[model] = Lens(model)
     return _lenses[model]
+
+
+def _reduce(logits: Tensor, tokens: Tensor, final: Tensor | None, requires: Collection[str]) -> dict[str, Tensor]:
+    """Reduce rows of one layer, see ``Lens.read``; ``final`` are log-probabilities of the output to compare with."""
+    logprobs = logits.log_softmax(-1)
+    values: dict[str, Tensor] = {}
+    if "lens" in requires:
+        values["lens_logprob"], values["lens_rank"] = _logprob_and_rank(logits, tokens, logprobs)
+    if "layer_entropy" in requires:
+        values["lens_entropy"] = -(logprobs.exp() * logprobs).sum(-1).cpu()
+        values["lens_top"] = logits.argmax(-1).cpu()
+    if final is not None:
+        values["trajectory"] = _divergence(logprobs.to(final.device), final)
+    return values
 
 
 def _logprob_and_rank(logits: Tensor, tokens: Tensor, logprobs: Tensor | None = None) -> tuple[Tensor, Tensor]:
