@@ -52,6 +52,7 @@ def main() -> None:
         _bare_process(Path(options.bare), options.questions)
         return
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installation has bytecode
     if options.against:
         _compare_checkouts(options)
         return
