@@ -186,7 +186,7 @@ def false_alarms(table: pd.DataFrame, detector: Detector, seeds: int = 100, pict
         Share of runs with an alarm, and mean share of flagged pictures.
     """
     rows, alarms, flagged = detector.monitored_mentions(table), [], []
-    rows = rows.assign(score=detector.model.scores(detector.inputs.matrix(rows)))
+    rows = rows.assign(score=detector.model.scores(detector.matrix(rows)))
     columns = detector.monitor.columns if detector.monitor else ()
     rows = rows.assign(image=rows.groupby("group", sort=False).ngroup())
     for seed in range(seeds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fnmatch
 import hashlib
 import json
@@ -37,8 +38,13 @@ KEY_COLUMNS: dict[str, str] = {
     "prompt_hash": "first 16 hexadecimal digits of the SHA-256 of the prompt's text, as the model read it",
     "labeller": "what labelled the mentions: name and version of the task, such as chair/1",
     "picture": "statistics of the picture's pixels (``core.images.picture_profile``) as text; empty in older tables",
+    "image_tokens": "vectors of the picture at the input of the language model as text (``unpack_vectors``), with "
+    "``attended_embedding`` in the table; empty otherwise. A file has them in the first row of an answer only",
 }
 """Meaning of every key column. All other columns of a token table are features (float32)."""
+
+IMAGE_TOKENS = "image_tokens"
+"""Key column that a detector reads beside the features."""
 
 _SUFFIX = re.compile(r"_(l\d+(h\d+|_d\d+)?|d\d+)$")  # a column per layer, head or dimension of it, or dimension
 _DIMENSION = re.compile(r"_d\d+$")
@@ -131,6 +137,34 @@ def require(table: pd.DataFrame, columns: Iterable[str]) -> None:
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise DataError(f"the token table has no column {', '.join(missing)}; create it with `stethoscope extract`")
+
+
+def pack_vectors(vectors: np.ndarray) -> str:
+    """Write (N, D) vectors as text, in half precision.
+
+    >>> unpack_vectors(pack_vectors(np.array([[0.5, -2.0]]))).tolist()
+    [[0.5, -2.0]]
+    """
+    limit = float(np.finfo(np.float16).max)
+    halves = np.clip(np.asarray(vectors, dtype=float), -limit, limit).astype("<f2")
+    return f"{halves.shape[1]} {base64.b64encode(halves.tobytes()).decode()}"
+
+
+def unpack_vectors(text: str) -> np.ndarray:
+    """Read what ``pack_vectors`` wrote, (N, D) float32.
+
+    Raises:
+        DataError: the text is something else.
+    """
+    size, _, packed = text.partition(" ")
+    try:
+        values = np.frombuffer(base64.b64decode(packed, validate=True), "<f2").astype(np.float32)
+        vectors = values.reshape(-1, int(size))
+    except ValueError:
+        vectors = np.zeros((0, 0), np.float32)
+    if not vectors.size or not np.isfinite(vectors).all():
+        raise DataError(f"the token table's image_tokens hold no vectors: {text[:40]!r}; compute its features again")
+    return vectors
 
 
 def mention_rows(

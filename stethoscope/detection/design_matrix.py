@@ -33,6 +33,7 @@ from stethoscope.detection.estimators import make_estimator
 from stethoscope.detection.evidence_prior import EXTERNAL, Factored, external_columns
 from stethoscope.detection.hidden_probe import COLUMNS as HIDDEN_COLUMNS
 from stethoscope.detection.hidden_probe import TEACHER, Probed
+from stethoscope.detection.image_probe import COLUMN as IMAGE_COLUMN
 from stethoscope.detection.recalibration import reply_boundary
 from stethoscope.detection.visual_consistency import COLUMNS, FEATURE, VisualConsistency
 from stethoscope.features.columns import feature_of, group_of
@@ -52,6 +53,7 @@ class Inputs:
         factored: add the external columns, for evidence and prior.
         probed: give hidden states to a probe; otherwise they are plain features.
         taught: probe and evidence learn from the model's verification instead of from labels.
+        imaged: add the score of ``image_probe``.
     """
 
     features: tuple[str, ...] = ()
@@ -60,6 +62,7 @@ class Inputs:
     factored: bool = False
     probed: bool = True
     taught: bool = False
+    imaged: bool = False
 
     @cached_property
     def hidden(self) -> tuple[str, ...]:
@@ -86,7 +89,8 @@ class Inputs:
     def explained_columns(self) -> tuple[str, ...]:
         """Names of the first columns that the final classifier reads, for explanations."""
         probes = HIDDEN_COLUMNS if self.hidden else ()
-        return (*probes, *(COLUMNS if self.evidence_columns else ()), *self.plain)
+        image = (IMAGE_COLUMN,) if self.imaged else ()
+        return (*probes, *(COLUMNS if self.evidence_columns else ()), *self.plain, *image)
 
     @property
     def needs_objects(self) -> bool:
@@ -98,10 +102,14 @@ class Inputs:
         """Number of columns of ``matrix``."""
         names = len(EXTERNAL) if self.factored else len(self.objects) if self.named else 0
         parts = sum(len(columns) + 1 for columns in (self.hidden, self.evidence_columns) if columns)
-        return len(self.plain) + names + parts
+        return len(self.plain) + self.imaged + names + parts
 
-    def matrix(self, table: pd.DataFrame) -> np.ndarray:
+    def matrix(self, table: pd.DataFrame, image_scores: np.ndarray | None = None) -> np.ndarray:
         """Build the design matrix, (rows, columns) float64, NaN where a value is missing.
+
+        Args:
+            table: token table.
+            image_scores: (rows,) of ``image_probe``, with ``imaged``; None for zeros.
 
         Raises:
             DataError: a column is missing, or a value is infinite.
@@ -109,6 +117,8 @@ class Inputs:
         parts, evidence = [feature_matrix(table, self.plain)], self.evidence_columns
         if self.needs_objects:
             require(table, ("object",))
+        if self.imaged:
+            parts.append((np.zeros(len(table)) if image_scores is None else image_scores)[:, None])
         if self.factored:
             parts.append(external_columns(table, self.objects))
         elif self.named:

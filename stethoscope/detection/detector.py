@@ -23,12 +23,15 @@ from stethoscope.detection.detector_manifest import DetectorManifest, check_note
 from stethoscope.detection.estimator_classes import restored_classifier
 from stethoscope.detection.estimators import add_prefix
 from stethoscope.detection.evidence_prior import Explanation, explanation
+from stethoscope.detection.image_probe import ImageProbe, fit_image_probe
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import mixture_line, recalibrate
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee
 from stethoscope.detection.shift import RunShift, ShiftMonitor
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
 from stethoscope.detection.warning_threshold import WarningThreshold, choose_threshold
+
+PROBE = "image_probe"  # prefix of its arrays
 
 
 class Detector:
@@ -55,7 +58,8 @@ class Detector:
         subtokens: how sub-tokens of a mention are reduced, as in ``stethoscope.core.token_table.mention_rows``.
         visual_consistency: read the feature ``attended_embedding``, where the table has it, to score whether the image
             evidence that a token attended to fits the object it names (``stethoscope.detection.visual_consistency``).
-            It reads the object for that purpose only. False leaves the feature out.
+            It reads the object for that purpose only. A table with this feature also has the image tokens, in which
+            ``stethoscope.detection.image_probe`` looks for the object. False leaves both out.
         hidden_probe: reduce hidden states (features of the group ``hidden``), where the table has them, to two scores
             by a small network (``stethoscope.detection.hidden_probe``). If the training table also has
             ``verify_odds``, one of them learns from the model's own verification; prediction does not need it. False
@@ -108,6 +112,7 @@ class Detector:
         self._model: CalibratedModel | None = None
         self._schema = FeatureSchema(())
         self._inputs = Inputs()
+        self._image_probe: ImageProbe | None = None
         self._base_rate = 0.5
 
     def __repr__(self) -> str:
@@ -188,7 +193,8 @@ class Detector:
         """
         for table in (train, *([] if calibration is None else [calibration])):
             check_table(table)
-        self._model, self._inputs = None, Inputs()  # if fitting fails, the old model must not read the new columns
+        # if fitting fails, the old model must not read the new columns
+        self._model, self._inputs, self._image_probe = None, Inputs(), None
         train, calibration = tables = self._selection.centre_replies(train, calibration)
         unlabelled = self._selection.unlabelled(train)
         train = self._selection.labelled(train)
@@ -197,19 +203,19 @@ class Detector:
         self._inputs = self._selection.inputs(names, ())
         if self._inputs.needs_objects:
             self._inputs = self._selection.inputs(names, frequent_objects(train))
-        examples = Examples.of(self._matrix(train), train)
+        examples = Examples.of(self._training_matrix(train, unlabelled), train)
         empty = [name for name in self.features if train[name].isna().all()]
         if len(train) and empty:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         held_out = None
         if calibration is not None:
             calibration = self._selection.labelled(calibration)
-            held_out = Examples.of(self._matrix(calibration), calibration)
+            held_out = Examples.of(self.matrix(calibration), calibration)
             both = set(examples.groups) & set(held_out.groups)
             if both:
                 raise DataError(f"{len(both)} images are in both folds, {str(min(both))!r} for one; split by image")
         kind, C, seed, method = (self.settings[key] for key in ("estimator", "C", "seed", "calibration"))
-        more = None if unlabelled is None else self._matrix(unlabelled)
+        more = None if unlabelled is None else self.matrix(unlabelled)
         model = CalibratedModel.fit(self._inputs.classifier(kind, C, seed, more), examples, held_out, method, C)
         # the share of hallucinated mentions where its probabilities are right
         base_rate = float((examples if held_out is None or method == "none" else held_out).labels.mean())
@@ -237,7 +243,7 @@ class Detector:
         if not self._inputs.plain:
             return None
         compared = None if calibration is None else self.monitored_mentions(calibration)
-        scores = None if compared is None else model.scores(self._matrix(compared))
+        scores = None if compared is None else model.scores(self.matrix(compared))
         return ShiftMonitor.fit(self._inputs.plain, self.monitored_mentions(train), compared, scores)
 
     def monitored_mentions(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -259,7 +265,7 @@ class Detector:
         mentions = self.monitored_mentions(table)
         if self.monitor is None or not len(mentions):
             return None
-        return self.monitor.run(mentions, self.model.scores(self._matrix(mentions)))
+        return self.monitor.run(mentions, self.model.scores(self.matrix(mentions)))
 
     def recalibrate(self, table: pd.DataFrame, labelled: bool = True) -> Detector:
         """Return a copy with another calibration, for data unlike those that this detector was calibrated on.
@@ -283,7 +289,7 @@ class Detector:
         rows = rows[rows["label"] >= 0].reset_index(drop=True) if labelled else rows
         if not len(rows):
             raise DataError(f"there is no {'judged ' if labelled else ''}mention to calibrate the detector on")
-        scores = self.model.scores(self._matrix(rows))
+        scores = self.model.scores(self.matrix(rows))
         if not labelled and self.monitor is not None:
             self.monitor.check_share_alone(rows, scores)
         images, labels = int(rows["group"].nunique()), rows["label"].to_numpy(dtype=int) if labelled else None
@@ -333,7 +339,7 @@ class Detector:
                 message names the differences.
             DataError: a feature has an infinite value.
         """
-        return self.model.predict(self._matrix(table))
+        return self.model.predict(self.matrix(table))
 
     def predict_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return the probabilities of rows without a table, (rows,) in [0, 1], as a stream makes them.
@@ -353,7 +359,7 @@ class Detector:
             ConfigError: the calibration is isotonic, under which nothing adds up.
             ArtefactError, DataError: as in ``predict``.
         """
-        model, matrix = self.model, self._matrix(table)
+        model, matrix = self.model, self.matrix(table)
         return explanation(model, matrix, model.predict(matrix), self._inputs.explained_columns, self._base_rate)
 
     def visual_evidence(self, table: pd.DataFrame, count: int = 3) -> list[tuple[NamedProbability, ...]]:
@@ -374,21 +380,37 @@ class Detector:
         Raises:
             ArtefactError, DataError: as in ``predict``.
         """
-        model, matrix = self.model.model, self._matrix(table)
+        model, matrix = self.model.model, self.matrix(table)
         if not isinstance(model, VisualConsistency):
             return [()] * len(table)
         candidates = most_likely(model.log_probabilities(matrix), self._inputs.objects, count)
         return [looks if name else () for looks, name in zip(candidates, table["object"], strict=True)]
 
-    def _matrix(self, table: pd.DataFrame) -> np.ndarray:
-        """Build the design matrix, (rows, columns)."""
+    def _training_matrix(self, train: pd.DataFrame, unlabelled: pd.DataFrame | None) -> np.ndarray:
+        """Fit the probe of image tokens, where there are any, and build the design matrix of the training mentions."""
+        inputs = self._inputs
+        fitted = None
+        if inputs.evidence_columns and len(train):
+            fitted = fit_image_probe(train, unlabelled, inputs.objects, inputs.taught, self.settings["seed"])
+        if fitted is None:
+            return inputs.matrix(train)
+        self._image_probe, self._inputs = fitted[0], replace(inputs, imaged=True)
+        return self._inputs.matrix(train, fitted[1])
+
+    def matrix(self, table: pd.DataFrame) -> np.ndarray:
+        """Build the design matrix, (rows, columns).
+
+        Raises:
+            ArtefactError, DataError: as in ``predict``.
+        """
         schema = self._selection.schema(table, self._inputs.features)
         if schema.hash != self._schema.hash:
             raise ArtefactError(
                 f"the table's features (schema {schema.hash}) are not those the detector was fitted on "
                 f"({self._schema.hash}): {self._schema.difference(schema)}"
             )
-        return self._inputs.matrix(table)
+        probe = self._image_probe
+        return self._inputs.matrix(table, None if probe is None else probe.scores(table, self._inputs.objects))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -426,7 +448,8 @@ class Detector:
         manifest = self.manifest
         texts = {artifact.CARD: artifact.model_card(manifest)}
         monitor = {} if self.monitor is None else add_prefix("monitor", self.monitor.arrays())
-        artifact.write(folder, {**self._model.arrays(), **monitor}, manifest, texts, check=type(self).load)
+        probe = {} if self._image_probe is None else add_prefix(PROBE, self._image_probe.arrays())
+        artifact.write(folder, {**self._model.arrays(), **probe, **monitor}, manifest, texts, check=type(self).load)
 
     def push_to_hub(
         self,
@@ -505,8 +528,11 @@ class Detector:
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise ArtefactError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
         settings = detector.settings
-        model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])
         try:
+            if inputs.evidence_columns and "mean" in arrays.under(PROBE):
+                detector._image_probe = ImageProbe.restore(arrays.under(PROBE), len(inputs.objects))
+                inputs = replace(inputs, imaged=True)
+            model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])
             if manifest.monitor is not None:
                 detector.monitor = ShiftMonitor.restore(dict(manifest.monitor), arrays.under("monitor"), inputs.plain)
             detector._model = CalibratedModel.restore(model, settings["calibration"], arrays, inputs.width)

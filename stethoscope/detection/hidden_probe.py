@@ -159,18 +159,14 @@ def _train(inputs: np.ndarray, targets: np.ndarray, seed: int, epochs: int, step
     Written in numpy: in torch most of a fit was not matrix products but masks of dropout, the graph and the imports of
     ``torch.optim``. 300 steps on 640 columns took 1.1 s of CPU time there and take 0.5 s here.
     """
-    random, columns, outputs = np.random.default_rng(seed), inputs.shape[1], targets.shape[1]
+    random, columns = np.random.default_rng(seed), inputs.shape[1]
     states, wanted = inputs.astype(np.float32), np.nan_to_num(targets).astype(np.float32)
     known = np.isfinite(targets)
     count = known.sum(0)
     share = (known * len(targets) / np.maximum(count, 1)).astype(np.float32)  # in sum each output weighs the same
-    shapes, reads = ((columns, UNITS), (UNITS,), (UNITS, outputs), (outputs,)), (columns, columns, UNITS, UNITS)
-    initial = [random.uniform(-1, 1, shape).ravel() / math.sqrt(n) for shape, n in zip(shapes, reads, strict=True)]
-    weights = np.concatenate(initial).astype(np.float32)
-    gradient = np.zeros_like(weights)
-    parts, slopes = _split(weights, shapes), _split(gradient, shapes)
+    weights, parts, gradient, slopes = initial_weights(columns, targets.shape[1], random)
     drop_inputs, drop_units = (
-        _Masks(share_of, BATCH * width, random) for share_of, width in zip(DROPOUT, (columns, UNITS), strict=True)
+        Masks(share_of, BATCH * width, random) for share_of, width in zip(DROPOUT, (columns, UNITS), strict=True)
     )
     batches = math.ceil(len(states) / BATCH)
     epochs = max(epochs, math.ceil(steps / batches))
@@ -187,13 +183,24 @@ def _train(inputs: np.ndarray, targets: np.ndarray, seed: int, epochs: int, step
     return parts[0], parts[1], parts[2] * learned, parts[3] * learned
 
 
+def initial_weights(
+    columns: int, outputs: int, random: np.random.Generator
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, list[np.ndarray]]:
+    """Draw a network's weights and biases, first to last, in one array and as its parts; and the same of zeros."""
+    shapes, reads = ((columns, UNITS), (UNITS,), (UNITS, outputs), (outputs,)), (columns, columns, UNITS, UNITS)
+    initial = [random.uniform(-1, 1, shape).ravel() / math.sqrt(n) for shape, n in zip(shapes, reads, strict=True)]
+    weights = np.concatenate(initial).astype(np.float32)
+    gradient = np.zeros_like(weights)
+    return weights, _split(weights, shapes), gradient, _split(gradient, shapes)
+
+
 def _split(flat: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
     """Return views of consecutive parts of an array, by their shapes."""
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     return [part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), shapes, strict=True)]
 
 
-class _Masks:
+class Masks:
     """Masks of dropout, cut out of one pool of random factors: to draw each of them took 40 % of a fit.
 
     Args:
@@ -250,13 +257,14 @@ class AdamW:
     Args:
         weights: (weights,) float32, which every step changes.
         steps: number of steps of the cycle.
+        rate: the largest learning rate.
     """
 
-    def __init__(self, weights: np.ndarray, steps: int) -> None:
+    def __init__(self, weights: np.ndarray, steps: int, rate: float = RATE) -> None:
         self._weights, self._mean, self._square = weights, np.zeros_like(weights), np.zeros_like(weights)
         step, rise = np.arange(steps), 0.3 * steps - 1
         turn = (1 + np.cos(np.pi * np.where(step <= rise, step / rise, (step - rise) / (steps - 1 - rise)))) / 2
-        rates = np.where(step <= rise, RATE + (RATE / 25 - RATE) * turn, RATE / 25e4 + (RATE - RATE / 25e4) * turn)
+        rates = np.where(step <= rise, rate + (rate / 25 - rate) * turn, rate / 25e4 + (rate - rate / 25e4) * turn)
         momenta = np.where(step <= rise, 0.85 + 0.1 * turn, 0.95 - 0.1 * turn)
         self._cycle = enumerate(zip(rates.tolist(), momenta.tolist(), strict=True), start=1)
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.images import profile_text
-from stethoscope.core.token_table import FeatureSchema, stem
+from stethoscope.core.token_table import IMAGE_TOKENS, FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, with_limit
 from stethoscope.features import FeatureSet
-from stethoscope.storage.tokens import token_table
+from stethoscope.features.relevancy import image_tokens
+from stethoscope.storage.tokens import as_frame, token_table
 from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
 from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor
 
@@ -227,11 +228,16 @@ def token_rows(
         encoded: the prompt.
         answer: of the model.
         mentions: of ``extract_mentions``.
-        columns: (T,) features by the detector's columns.
+        columns: of ``compute_columns``.
         picture: profile of the picture, see ``core.images.picture_profile``; empty where it does not matter.
     """
     sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
-    return token_table("diagnose", sample, answer, mentions, columns, encoded.text, picture=picture).to_pandas()
+    features, tokens = dict(columns), columns.get(IMAGE_TOKENS, "")
+    features.pop(IMAGE_TOKENS, None)
+    table = token_table(
+        "diagnose", sample, answer, mentions, features, encoded.text, picture=picture, image_tokens=tokens
+    )
+    return as_frame(table)
 
 
 def feature_set(columns: Sequence[str]) -> FeatureSet:
@@ -249,8 +255,8 @@ def feature_set(columns: Sequence[str]) -> FeatureSet:
         ) from None
 
 
-def compute_columns(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, np.ndarray]:
-    """Compute the (T,) features of one answer, in the columns that the detector reads.
+def compute_columns(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, Any]:
+    """Compute the (T,) features of one answer, in the columns that the detector reads, and its image tokens.
 
     Raises:
         CapabilityError: the model gives other columns, for instance because it has fewer layers.
@@ -265,7 +271,8 @@ def compute_columns(features: FeatureSet, trace: Trace, detector: Detector, mode
             f"the detector reads features that {model} does not give, it was trained on another model "
             f"({detector.schema.difference(schema)})"
         )
-    return {name: columns[name] for name in detector.schema.names}
+    tokens: dict[str, Any] = {IMAGE_TOKENS: image_tokens(trace, columns)}
+    return {name: columns[name] for name in detector.schema.names} | tokens
 
 
 def _score(

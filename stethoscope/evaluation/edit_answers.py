@@ -15,10 +15,11 @@ from stethoscope.detection.lookup import check_model, mention_probabilities
 from stethoscope.evaluation.removal_guarantee import promise_removal
 from stethoscope.features.columns import feature_of, matching_columns
 from stethoscope.features.registry import FeatureSet, without_vectors
+from stethoscope.features.relevancy import image_tokens
 from stethoscope.mitigation.answers import Drop, EditingMitigation, Rerank, edit_record
 from stethoscope.mitigation.base import EditedAnswer
 from stethoscope.mitigation.editing import remove_mentions
-from stethoscope.storage.tokens import token_table
+from stethoscope.storage.tokens import as_frame, token_table
 from stethoscope.tracing.mention_passes import Resampling, trace_answers, yes_odds
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ class AnswerEditor(ABC):
             answer, named = answers[index], mentions[index]
             owners = [owner is not None for owner in answer.owners(named)]
             columns = without_vectors(self._features.compute(trace), owners)
-            table = token_table(self.task.name, samples[index], answer, named, columns).to_pandas()
+            tokens = image_tokens(trace, columns)
+            table = as_frame(token_table(self.task.name, samples[index], answer, named, columns, image_tokens=tokens))
             judged[index] = JudgedAnswer(answer, named, self._probabilities(named, table))
         return judged
 
@@ -275,7 +277,9 @@ def try_features(adapter: Adapter, task: Task, features: FeatureSet, generation:
     answer = adapter.answer(encoded, "A dog.")
     resampling = Resampling(replace(generation, max_new_tokens=1, mitigation=None), [lambda _: ()])
     [trace] = trace_answers(adapter, [encoded], [answer], features.requires, [sample.image], [(TRIAL,)], resampling)
-    return token_table(task.name, sample, answer, (TRIAL,), features.compute(trace)).to_pandas()
+    columns = features.compute(trace)
+    tokens = image_tokens(trace, columns)
+    return as_frame(token_table(task.name, sample, answer, (TRIAL,), columns, image_tokens=tokens))
 
 
 def check_detector(adapter: Adapter, task: Task, detector: Detector, generation: Generation) -> None:

@@ -22,6 +22,7 @@ from stethoscope.core.types import Answer, Mention, Sample, Score, required
 from stethoscope.evaluation.given_answers import read_answer
 from stethoscope.evaluation.state import describe_failure
 from stethoscope.features.registry import compute_columns, without_vectors
+from stethoscope.features.relevancy import image_tokens
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import TokenRows, token_tables
 from stethoscope.tasks.object_extraction import TextMention
@@ -371,7 +372,10 @@ class SamplePipeline:
             if columns is not None:
                 owners = state.given_answer.owners(state.mentions)
                 values = without_vectors(columns, [mention is not None for mention in owners])
-                answered = TokenRows(state.sample, state.given_answer, owners, values, state.prompt, state.picture)
+                tokens = image_tokens(traced[id(state)], columns)
+                answered = TokenRows(
+                    state.sample, state.given_answer, owners, values, state.prompt, state.picture, tokens
+                )
                 rows.append((state, answered))
         if rows:
             tables = token_tables(task.name, [item for _, item in rows], task.version)

@@ -5,12 +5,14 @@ The image evidence that it weights is a vector, which ``detection.visual_consist
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from stethoscope.core.token_table import pack_vectors
 from stethoscope.features.distributions import cached_on_trace, normalised_entropy
 from stethoscope.features.registry import feature
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from stethoscope.tracing.trace import Trace
 
-DIMENSIONS = 256
+DIMENSIONS, TOKEN_DIMENSIONS = 256, 128
 """Largest number of columns. Wider states are projected onto random directions, which keeps angles to about 6 %."""
 
 
@@ -223,11 +225,33 @@ def attended_embedding(trace: Trace) -> np.ndarray:
     last = relevancy.image[:, -1].float().numpy()
     weights = last / np.maximum(np.linalg.norm(last, axis=-1, keepdims=True), 1e-12)
     evidence = weights @ relevancy.require_image_embeds().numpy()
-    return evidence if evidence.shape[-1] <= DIMENSIONS else evidence @ _directions(evidence.shape[-1])
+    return _projected(evidence, DIMENSIONS)
+
+
+def image_tokens(trace: Trace, columns: Iterable[str]) -> str:
+    """Write the image tokens that ``attended_embedding`` weights as text (``pack_vectors``); "" without that feature.
+
+    They have ``TOKEN_DIMENSIONS`` dimensions at most, after a random projection as there.
+
+    Args:
+        trace: with relevancy.
+        columns: names of the columns that were computed of it.
+    """
+    relevancy, prefix = trace.relevancy, f"{attended_embedding.__name__}_d"
+    if relevancy is None or not any(name.startswith(prefix) for name in columns):
+        return ""
+    embeds = relevancy.require_image_embeds().float().numpy()
+    return pack_vectors(_projected(embeds, TOKEN_DIMENSIONS)) if len(embeds) else ""
+
+
+def _projected(vectors: np.ndarray, most: int) -> np.ndarray:
+    """Project (N, D) vectors at random where they have more than ``most`` dimensions."""
+    size = vectors.shape[-1]
+    return vectors if size <= most else vectors @ _directions(size, most)
 
 
 @lru_cache(maxsize=4)
-def _directions(size: int) -> np.ndarray:
-    """Draw the (size, DIMENSIONS) normal random directions, float32, the same on every call."""
-    directions = np.random.default_rng(size).standard_normal((size, DIMENSIONS)) / DIMENSIONS**0.5
+def _directions(size: int, count: int) -> np.ndarray:
+    """Draw ``count`` normal random directions, (size, count) float32, the same on every call."""
+    directions = np.random.default_rng(size).standard_normal((size, count)) / count**0.5
     return directions.astype(np.float32)

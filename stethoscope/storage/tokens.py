@@ -43,10 +43,11 @@ SCHEMA = pa.schema(
         ("prompt_hash", pa.string()),
         ("labeller", pa.string()),
         ("picture", pa.string()),
+        ("image_tokens", pa.string()),
     ]
 )
 """Key columns, explained by ``stethoscope.core.token_table.KEY_COLUMNS``; float32 feature columns follow."""
-OPTIONAL = frozenset({"picture"})
+OPTIONAL = frozenset({"picture", "image_tokens"})
 """Key columns that tables of older versions lack."""
 _PACKED, _NAMES = "values", b"names"  # column of all features of a token, and their names in its metadata
 
@@ -60,6 +61,7 @@ class TokenRows(NamedTuple):
     features: Mapping[str, np.ndarray]
     prompt: str = ""
     picture: str = ""
+    image_tokens: str = ""
 
 
 def token_table(
@@ -71,6 +73,7 @@ def token_table(
     prompt: str = "",
     version: str = "",
     picture: str = "",
+    image_tokens: str = "",
 ) -> pa.Table:
     """Build the token rows of an answer: key columns, then a column per feature.
 
@@ -85,11 +88,12 @@ def token_table(
         prompt: in the model's chat format; its digest tells prompts apart.
         version: of the task, which labelled the mentions.
         picture: profile of the picture as text.
+        image_tokens: of the picture as text (``pack_vectors``).
 
     Returns:
         T rows.
     """
-    rows = TokenRows(sample, answer, answer.owners(mentions), features, prompt, picture)
+    rows = TokenRows(sample, answer, answer.owners(mentions), features, prompt, picture, image_tokens)
     return unpacked(token_tables(task, [rows], version)[0])
 
 
@@ -135,6 +139,20 @@ def unpacked(table: pa.Table) -> pa.Table:
     return pa.Table.from_arrays([*keys, *columns], schema=_unpacked_schema(table.schema))
 
 
+def as_frame(table: pa.Table) -> pd.DataFrame:
+    """Convert token rows to pandas, with the image tokens of an answer in all of its rows."""
+    import pandas as pd
+
+    frame = table.to_pandas()
+    stored = frame[frame["image_tokens"].fillna("") != ""]
+    tokens = dict(zip(zip(stored["task"], stored["sample_id"], strict=True), stored["image_tokens"], strict=True))
+    answers = zip(frame["task"], frame["sample_id"], strict=True)
+    if tokens:  # shared by the rows of an answer, which a column of text would copy
+        values = [tokens.get(answer, "") for answer in answers]
+        frame["image_tokens"] = pd.Series(values, frame.index, dtype=object)
+    return frame
+
+
 def _packed_names(schema: pa.Schema) -> tuple[str, ...]:
     """Return the names of the features in the packed column; none without one."""
     index = schema.get_field_index(_PACKED)
@@ -173,6 +191,7 @@ def _keys(task: str, item: TokenRows, version: str) -> dict[str, list[Any]]:
         "prompt_hash": [hashlib.sha256(item.prompt.encode()).hexdigest()[:16]] * count,
         "labeller": [f"{task}/{version}"] * count,
         "picture": [item.picture] * count,
+        "image_tokens": [item.image_tokens, *[""] * (count - 1)][:count],
     }
 
 
@@ -257,7 +276,7 @@ class TokenFiles:
 
     def frame(self, order: Sequence[tuple[Key, str]]) -> pd.DataFrame:
         """Read the rows of samples in this order, each with its part ("" for the merged file)."""
-        return pa.concat_tables([SCHEMA.empty_table(), *self._tables(order)], promote_options="default").to_pandas()
+        return as_frame(pa.concat_tables([SCHEMA.empty_table(), *self._tables(order)], promote_options="default"))
 
     def _chunks(self, part: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the row groups of the merged file, or the batches of a part until a kill cut it off."""

@@ -14,6 +14,7 @@ from stethoscope import testbed
 from stethoscope.commands.diagnose import answer_text
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.text import percent
+from stethoscope.core.token_table import unpack_vectors
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
@@ -49,6 +50,25 @@ def test_without_anything_it_looks_at_a_rendered_scene(stethoscope, tmp_path):
     for name in maps:
         assert Image.open(folder / "heatmaps" / name).width >= 480
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_objects_in_the_picture_count_in_runs_diagnoses_and_streams_alike(trained):
+    detector, adapter = package.Detector.load(trained / "detector"), package.load("testbed")
+    assert "image_objects" in detector.inputs.explained_columns
+    store = RunStore(trained)
+    rows = detector.select_mentions(store.tokens("chair"))
+    rows = rows[rows["sample_id"] == rows["sample_id"].iloc[0]]
+    scene, question = testbed.scenes(1)[0].image(), next(store.records("chair")).question
+    tokens = adapter.model.get_image_features(
+        pixel_values=adapter.processor.image_processor([scene], return_tensors="pt")["pixel_values"]
+    ).pooler_output[0]
+    assert unpack_vectors(rows["image_tokens"].iloc[0]) == pytest.approx(tokens.detach().numpy(), rel=1e-3, abs=1e-3)
+    expected = dict(zip(rows["token"], detector.predict(rows), strict=True))
+    *_, last = package.stream(adapter, scene, question, final=detector)
+    for mentions in (package.diagnose(adapter, scene, question, detector=detector).mentions, last.mentions):
+        judged = {named.tokens[0]: named.verdict.probability for named in mentions}
+        first = {token: probability for token, probability in judged.items() if token in expected}
+        assert first == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_detector_that_reads_states_of_another_model_is_refused(trained, tmp_path):

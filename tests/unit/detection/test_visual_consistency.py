@@ -213,9 +213,9 @@ def test_places_alone_are_enough_and_their_absence_is_no_error():
 def test_wide_states_are_projected_and_keep_their_angles():
     drawn = np.random.default_rng(0).normal(size=(2, 3000)).astype(np.float32)
     drawn[1] += drawn[0]
-    small = drawn @ relevancy._directions(3000)
+    small = drawn @ relevancy._directions(3000, relevancy.DIMENSIONS)
     assert small.shape == (2, relevancy.DIMENSIONS)
-    assert (small == drawn @ relevancy._directions(3000)).all()
+    assert (small == drawn @ relevancy._directions(3000, relevancy.DIMENSIONS)).all()
 
     def cosine(rows):
         return rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1])

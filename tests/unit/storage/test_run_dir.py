@@ -78,6 +78,19 @@ def test_the_token_table_has_the_key_columns_in_order_and_labels_of_the_covering
     assert frame["level"].dtype == np.float32
 
 
+def test_image_tokens_are_stored_once_and_come_back_in_all_rows_of_an_answer(store):
+    for number, tokens in enumerate(("2 AAAAAAAA", "")):
+        item = TokenRows(SAMPLES[number], ANSWER, ANSWER.owners(MENTIONS), {"level": np.zeros(3)}, "", "", tokens)
+        [table] = token_tables("tiny", [item])
+        assert unpacked(table)["image_tokens"].to_pylist() == [tokens, "", ""]
+        store.append([record(number)], {SAMPLES[number].id: table})
+    for _ in range(2):
+        frame = store.tokens("tiny")
+        assert frame["image_tokens"].tolist() == ["2 AAAAAAAA"] * 3 + [""] * 3
+        assert frame["image_tokens"].iloc[0] is frame["image_tokens"].iloc[2]  # no copy for every token
+        store.finish("tiny", [sample.id for sample in SAMPLES])
+
+
 def test_the_last_line_of_a_sample_counts_and_its_rows_with_it(store):
     store.append([record(0), record(1)], {"s00": rows(0, 1.0), "s01": rows(1, 1.0)})
     store.append([record(0)], {"s00": rows(0, 2.0)})
