@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import find_tied_parameters
-from helpers.contract_helpers import CONFIGS, QUESTIONS, configured, has_encoder, language, load, others_slow, picture
+from helpers.contract_helpers import CONFIGS, QUESTIONS, has_encoder, language, load, others_slow, picture, settings
 from helpers.pretend_devices import CPU, one_device, place_of, pretend_devices, split
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -38,7 +38,7 @@ def families():
     """One configuration of each adapter and family."""
     first = {}
     for name in sorted({*CONFIGS} - {"hf", "testbed"}):  # a LLaVA too
-        config = configured(name)
+        config = settings(name)
         first.setdefault((config["_target_"], config.get("family"), config.get("version")), name)
     return list(first.values())
 

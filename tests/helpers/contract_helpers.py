@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from PIL import Image
@@ -18,8 +19,8 @@ import stethoscope.conf
 from stethoscope.core.types import Generation
 from stethoscope.tracing.trace import CAUSAL
 
-FILES = (Path(stethoscope.conf.__file__).parent / "model").glob("*.yaml")
-CONFIGS = sorted(path.stem for path in FILES if path.stem != "none")
+FOLDER = Path(stethoscope.conf.__file__).parent / "model"
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "none")
 QUESTIONS = ("Is there a dog in the image?", "Please describe this image in detail.", "Yes?")
 SIZES = ((72, 56), (72, 56), (100, 40))  # the last is cut into another number of tiles by families that have tiles
 ONE_OF_A_KIND = {
@@ -44,11 +45,19 @@ NEAR = 5e-5  # of tiny models with wide weights, whose logits are around 10
 LANGUAGE = ("model.language_model", "model.text_model", "language_model.model.decoder", "language_model.model")
 
 
-@cache  # every worker composes them for its list of tests, some forty of them several times
+@cache
 def configured(name, *overrides):
     """The configuration of a model, which is only read."""
     with initialize_config_module("stethoscope.conf", version_base=None):
         return compose(overrides=[f"+model={name}", "model.device=cpu", "model.dtype=float32", *overrides]).model
+
+
+@cache
+def settings(name):
+    """Read a model's file and those that it builds on; composing all of them takes Hydra seconds."""
+    own = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    below = [settings(other) for other in own.pop("defaults", []) if other != "_self_"]
+    return {key: value for part in (*below, own) for key, value in part.items()}
 
 
 def load(name, *overrides):
@@ -61,9 +70,7 @@ def distinct(names):
     """One configuration of each adapter, family and prompt: sizes of one family have the same tiny model."""
     first = {}
     for name in names:
-        config = configured(name)
-        settings = {key: config.get(key) for key in ("_target_", "family", "prompt")}
-        first.setdefault(tuple(settings.values()), name)
+        first.setdefault(tuple(settings(name).get(key) for key in ("_target_", "family", "prompt")), name)
     return list(first.values())
 
 
@@ -78,8 +85,7 @@ def others_slow(names):
 
 
 def _family(name):
-    config = configured(name)
-    return config["_target_"], config.get("family")
+    return settings(name)["_target_"], settings(name).get("family")
 
 
 def reads_by_queries(adapter):
