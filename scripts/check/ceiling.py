@@ -97,11 +97,14 @@ def compare(folds: Mapping[str, pd.DataFrame], seed: int, further: pd.DataFrame 
     selection = {"subtokens": "first", "repeats": "first"}
     values = {"ceiling": test["ceiling"].to_numpy()}
     for name in sets:
-        train = parts["train"]
+        learned = parts
         if name == UNLABELLED and further is not None:
-            train = pd.concat([train, further[list(train)].assign(label=-1)], ignore_index=True)
+            shared = [column for column in parts["train"] if column in further]  # the other run may have fewer features
+            learned = {key: fold[shared] for key, fold in parts.items()}
+            learned["train"] = pd.concat([learned["train"], further[shared].assign(label=-1)], ignore_index=True)
         detector = Detector(features=columns_of(named_set(name.split()[0]), own), seed=seed)
-        values[f"ours, {name}"] = detector.fit(train, parts["calibration"]).predict(parts["test"])
+        detector.fit(learned["train"], learned["calibration"])
+        values[f"ours, {name}"] = detector.predict(learned["test"])
     rivals = [method for method in available_methods(parts["train"]) if method.cost == FORWARD]
     values |= {method.name: score_published(method, parts, selection, seed).values for method in rivals}
     values["ours, default, unseen objects"] = unseen_objects(parts, columns_of(named_set("default"), own), seed)
@@ -112,7 +115,7 @@ def compare(folds: Mapping[str, pd.DataFrame], seed: int, further: pd.DataFrame 
     for name in (*[key for key in values if key not in best.values()], *dict.fromkeys(best.values())):
         if name in ("ceiling", *probabilities, *best.values()):
             ece = f", ece {figures[name, 'ece'][0]:.3f}" if name in probabilities else ""
-            print(f"  {name:32}{', '.join(f'{m} {drawn.interval(figures[name, m])}' for m in SHOWN)}{ece}")
+            print(f"  {name:40}{', '.join(f'{m} {drawn.interval(figures[name, m])}' for m in SHOWN)}{ece}")
     for name in sets:
         for metric in SHOWN:
             print(f"  {name} over {best[metric]}: {gap(figures, f'ours, {name}', best[metric], metric, drawn)}")
