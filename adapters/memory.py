@@ -170,15 +170,20 @@ def _cache_bytes_per_token(model: PreTrainedModel) -> int:
     return attentions * 2 * layers * heads * width * model.dtype.itemsize
 
 
-def graph_bytes(model: PreTrainedModel, context: int) -> int:
+def graph_bytes(model: PreTrainedModel, context: int, sparse: bool = False) -> int:
     """Count the bytes of the graph of a pass over one prompt, and of the attention maps that it keeps.
 
     Args:
         model: with or without weights.
         context: number of positions.
+        sparse: whether the graph is sparse, see ``relevancy.checkpointing``, and keeps no maps.
     """
-    parts = _layers_and_sizes(model, context)
-    kept = sum(layers * (positions * (6 * width + 4 * inner)) for layers, positions, width, inner, _ in parts)
+    parts, inner_share = _layers_and_sizes(model, context), 0.3 if sparse else 1
+    kept = sum(
+        layers * positions * round(6 * width + 4 * inner_share * inner) for layers, positions, width, inner, _ in parts
+    )
+    if sparse:
+        return kept * model.dtype.itemsize
     maps = [(layers, heads * positions**2) for layers, positions, *_, heads in parts]
     return kept * model.dtype.itemsize + 4 * sum(layers * size for layers, size in maps if size <= _KEPT_MAP)
 

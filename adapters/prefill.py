@@ -28,6 +28,7 @@ SMALL_MAPS = 2**24
 """Bytes of attention maps up to which prompts share a pass, and graphs are kept without an estimate."""
 _TOGETHER = 8  # prompts in a pass at most, as many as the evaluator traces at once
 _GRAPH_BYTES, _GRAPH_SHARE = 2**28, 0.25  # of the graphs of a batch: on a CPU, and of the free memory of a GPU
+_WHOLE_SHARE = 0.25  # of these, up to which graphs are whole
 
 
 class Prefill:
@@ -57,7 +58,8 @@ class Prefill:
         longest, room = max(prompt.spans.length for prompt in prompts), _room(self._model)
         if len(prompts) * memory.input_bytes(self._model, longest) > room:
             return prompts
-        recompute = len(prompts) * memory.graph_bytes(self._model, longest) > room
+        whole, sparse = (len(prompts) * memory.graph_bytes(self._model, longest, sparse) for sparse in (False, True))
+        recompute, sparse = sparse > room, whole > room * _WHOLE_SHARE
         if recompute and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -69,7 +71,7 @@ class Prefill:
         with listed_modules(self._model), selected(self._model):
             for group in self._similar_prompts(prompts):
                 inputs = self._forward.collate([prompts[index] for index in group], "right")
-                graph = PromptPass(self._model, inputs, recompute=recompute, states=states)
+                graph = PromptPass(self._model, inputs, recompute=recompute, states=states, sparse=sparse)
                 for position, index in enumerate(group):
                     own = slice(position, position + 1)
                     layers = tuple((keys[own], values[own]) for keys, values in graph.layers)

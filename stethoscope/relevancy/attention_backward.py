@@ -22,8 +22,9 @@ from stethoscope.tracing.model_parts import Site
 BUDGET = 2**26
 """Default limit, in bytes, of attention maps and gradients of tokens at once; on a GPU the smallest default."""
 _GPU_BUDGET, _GPU_SHARE = 2**31, 8  # the largest default on a GPU, and the part of its free memory that it may be
-_CACHE = 2**20  # bytes of maps that fit a processor's cache
+_CACHE = 2**21  # bytes of maps that fit a processor's cache
 _ROWS = 64  # of a block at least, even where one head of them does not fit the cache
+_LONG, _LONG_ROWS = 512, 0.1  # keys from which causal blocks have so few rows, by key: less of them is masked
 _COPIES = 5  # blocks in float32 that exist at once on a device where the budget is the only limit
 _EAGER_ONLY = ("softcap", "s_aux", "position_bias")  # options that only the eager attention of a model file supports
 
@@ -230,6 +231,8 @@ def _block_shape(call: TracedCall, query: Tensor, key: Tensor) -> tuple[int, int
             sizes = [size for size in divisors if size % shared == 0 or shared % size == 0]
             heads = max(size for size in sizes if size == 1 or size * _ROWS * row <= most)
     least = min(_ROWS, budget // (samples * heads * row))
+    if call.causal and query.device.type == "cpu" and row > _LONG:
+        most = min(most, samples * heads * row * max(_ROWS, round(_LONG_ROWS * row)))
     return max(1, least, most // (samples * heads * row)), samples, heads
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown, wrong_type
+from stethoscope.core.errors import ConfigError, DataError, unknown, wrong_type
 from stethoscope.core.types import Answer
 from stethoscope.relevancy.attention_backward import default_budget
 from stethoscope.relevancy.backward_pass import BackwardPass
@@ -25,10 +25,12 @@ from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass, shares_p
 from stethoscope.relevancy.token_alignment import (
     TokenAlignment,
     arrange_patches,
+    first_sample,
+    image_token_kind,
     probe_alignment,
 )
 from stethoscope.tracing.hooks import record, selected
-from stethoscope.tracing.model_parts import capture_inputs, frozen, route_model, sites
+from stethoscope.tracing.model_parts import capture_inputs, frozen, route_model
 from stethoscope.tracing.token_spans import tile_grids
 
 if TYPE_CHECKING:
@@ -149,12 +151,11 @@ def _from_passes(
 ) -> list[Relevancy]:
     """Compute the relevancy of every sample from the (B, A) logits of the answers' tokens."""
     prompt, model = answer_pass.prompt, answer_pass.prompt.model
-    kind = _kind(model, prompt.recorder, layout)
-    sample, alignment = _sample_and_alignment(model, prompt.inputs, layout, kind)
+    kind, alignment = prompt.kind, prompt.alignment
     backward_pass = BackwardPass(prompt.recorder, layout, kind, alignment, chosen, RULES[0], every)
     end = max(chosen) + 1
     answer_pass.backward(_sum_logits(logits, layout, end), end, backward_pass.receive)
-    return _results(model, sample, layout, kind, chosen, alignment, [backward_pass.result()], prompt.embeds)
+    return _results(model, prompt.sample, layout, kind, chosen, alignment, [backward_pass.result()], prompt.embeds)
 
 
 def _relevancy(
@@ -179,8 +180,9 @@ def _relevancy(
         route_model(model, recorder.checkpointer.run, recorder.checkpointer.run_last),
     ):
         logits = answer_logits(model, inputs, layout)
-    kind = _kind(model, recorder, layout)
-    sample, alignment = _sample_and_alignment(model, inputs, layout, kind)
+    kind = image_token_kind(model, recorder, len(layout.counts), len(layout.image), layout.encoder_decoder)
+    sample = first_sample(inputs, len(layout.counts))
+    alignment = probe_alignment(model, sample, layout.image) if kind == "merged" else None
     budget = default_budget(logits.device) if budget is None else budget
     groups = [chosen]
     if scope == "token":
@@ -206,14 +208,6 @@ def _chosen(tokens: Sequence[int] | None, layout: Layout) -> tuple[int, ...]:
     if not all(0 <= token < count for token in chosen) or not chosen:
         raise ConfigError(f"tokens={list(chosen)} should be indices of answer tokens, 0 to {count - 1}")
     return chosen
-
-
-def _sample_and_alignment(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], layout: Layout, kind: str
-) -> tuple[Mapping[str, Tensor], TokenAlignment | None]:
-    """Return the inputs of the first sample, and the alignment of its vision tokens where these are merged."""
-    sample = inputs if len(layout.counts) == 1 else {name: value[:1] for name, value in inputs.items()}
-    return sample, probe_alignment(model, sample, layout.image) if kind == "merged" else None
 
 
 def _results(
@@ -261,47 +255,6 @@ def _token_groups(tokens: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
     count = math.ceil(len(tokens) / max(size, 1))
     step = math.ceil(len(tokens) / count)
     return [tokens[start : start + step] for start in range(0, len(tokens), step)]
-
-
-def _kind(model: PreTrainedModel, recorder: AttentionGradRecorder, layout: Layout) -> str:
-    """Classify how the image tokens are computed from vision tokens.
-
-    Returns:
-        ``queries`` (of a Q-Former), ``joint`` (queries of an abstractor, which attend to themselves and the vision
-        tokens), ``merged`` (each vision token into one image token) or ``same`` (a tower without attention).
-
-    Raises:
-        CapabilityError: they are computed in a way that is not supported.
-    """
-    name, roles = type(model).__name__, recorder.layers
-    if "cross" in roles and not layout.encoder_decoder:
-        raise CapabilityError(f"{name}: relevancy of models that cross-attend to the image is not supported")
-    if "connector" in roles:
-        if all("visual_abstractor" in site for site in roles["connector"]) and _query_count(recorder, layout):
-            return "joint"
-        if not all("qformer" in site for site in roles["connector"]):
-            raise CapabilityError(f"{name}: relevancy through {roles['connector'][0]} is not supported")
-        return "queries"
-    if layout.encoder_decoder:
-        raise CapabilityError(f"{name}: an encoder-decoder model is supported only with a Q-Former")
-    if "vision" not in roles:
-        sites_by_id = sites(model)
-        tower = (module for module in model.modules() if sites_by_id[id(module)].role == "vision")
-        if any("Attention" in type(module).__name__ for module in tower):
-            raise CapabilityError(f"{name}: the attention of its vision tower cannot be recorded")
-        return "same"
-    if len({recorder.sizes[site] for site in roles["vision"]}) != 1:
-        raise CapabilityError(f"{name}: the layers of the vision tower have different numbers of tokens")
-    return "merged"
-
-
-def _query_count(recorder: AttentionGradRecorder, layout: Layout) -> int:
-    """Count the queries of an abstractor, the first image tokens; 0 where its maps have other columns."""
-    connector, vision = (
-        {recorder.sizes[site] for site in recorder.layers.get(role, ())} for role in ("connector", "vision")
-    )
-    count = (connector.pop() - vision.pop()) // len(layout.counts) if len(connector) == len(vision) == 1 else 0
-    return count if 0 < count <= len(layout.image) else 0
 
 
 def _result(

@@ -15,9 +15,10 @@ reach them:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -26,9 +27,11 @@ from transformers.cache_utils import DynamicLayer
 
 from stethoscope.core.errors import DataError
 from stethoscope.relevancy.attention_backward import Receiver, default_budget
+from stethoscope.relevancy.checkpointing import SparseGraphs
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, Seeds
+from stethoscope.relevancy.token_alignment import first_sample, image_token_kind, probe_alignment
 from stethoscope.tracing.hooks import AttentionRecorder, record
-from stethoscope.tracing.model_parts import Site, capture_inputs, route_model
+from stethoscope.tracing.model_parts import Site, capture_inputs, frozen, route_model
 from stethoscope.tracing.trace import CAUSAL
 
 _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
@@ -50,13 +53,14 @@ class PromptGradRecorder(AttentionGradRecorder):
 
     Args:
         keep_graphs: see ``AttentionGradRecorder``.
+        sparse: see ``AttentionGradRecorder``.
 
     Attributes:
         keys_and_values: by name of the attention module, detached; empty when no pass needs them any more.
     """
 
-    def __init__(self, keep_graphs: bool) -> None:
-        super().__init__(None, keep_graphs, salient=None)
+    def __init__(self, keep_graphs: bool, sparse: SparseGraphs | None) -> None:
+        super().__init__(None, keep_graphs, salient=None, sparse=sparse)
         self.keys_and_values: dict[str, KeysAndValues] = {}
         self._ends_at_keys = False
 
@@ -89,6 +93,8 @@ class PromptPass:
         budget: see ``relevancy_from_inputs``.
         recompute: see ``relevancy_from_inputs``.
         states: whether to keep hidden states, for which the last layer runs to its end.
+        sparse: make graphs that are kept sparse, and keep no maps with them: half the memory for a fifth of a forward
+            pass.
 
     Attributes:
         model: the model.
@@ -100,10 +106,15 @@ class PromptPass:
         embeds: (B, N, D) image tokens at the input of the language model.
         hidden: residual stream of the P - 1 tokens before each layer and after the last, (B, P - 1, D) each, if kept.
         recorder: of the pass.
+        kind: computation of the image tokens, see ``image_token_kind``.
+        alignment: of vision and image tokens, for kind ``merged``.
+        sample: inputs of the first prompt.
+        sparse: graphs that are kept are sparse.
         spent: a backward pass has used the graph.
 
     Raises:
         DataError: the prompts have no image tokens, or these are at different positions.
+        CapabilityError: the image tokens are computed in a way that is not supported.
     """
 
     def __init__(
@@ -113,29 +124,39 @@ class PromptPass:
         budget: int | None = None,
         recompute: bool = True,
         states: bool = False,
+        sparse: bool = False,
     ) -> None:
         self.model, self.budget, self.recompute, self.spent = model, budget, recompute, False
+        self.sparse = sparse and not recompute
+        graphs = SparseGraphs() if self.sparse else None
         with torch.inference_mode(False), torch.enable_grad():
             self.inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
             ids = self.inputs["input_ids"]
             self.length, self.image = ids.shape[1], _image_positions(model, ids)
             read = {name: value[:, :-1] if value.shape == ids.shape else value for name, value in self.inputs.items()}
-            self.recorder = PromptGradRecorder(not recompute)
+            self.recorder = PromptGradRecorder(not recompute, graphs)
             self._last: KeysAndValues
             with (
                 record(model, self.recorder),
                 capture_inputs(model, "language", every=states) as captured,
                 route_model(model, self.recorder.checkpointer.run, self._run_last),
+                nullcontext() if graphs is None else graphs.route(model),
                 suppress(_PromptRead),
             ):
                 self.hidden = captured if states else []
                 model(**read, use_cache=False)
+        self.recorder.checkpointer.release_unused(self._last)
         self.layers = tuple(self.recorder.keys_and_values.values())
         self.embeds = captured[0][:, self.image.to(captured[0].device)]
+        self.kind = image_token_kind(model, self.recorder, len(ids), len(self.image), False)
+        self.sample, self.alignment = first_sample(self.inputs, len(ids)), None
+        if self.kind == "merged":  # now, because the probe takes memory too and the answers have no graphs yet
+            with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+                self.alignment = probe_alignment(model, self.sample, self.image)
 
     def _run_last(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> NoReturn:
         """Run the last layer up to its keys and values, and end the pass."""
-        run = partial(self.recorder.run_to_keys, function)
+        run = partial(type(self.recorder).run_to_keys, proxy(self.recorder), function)  # the recorder stores it
         self._last = self.recorder.checkpointer.run_last(run, *arguments, **options)
         if self.hidden:
             with torch.no_grad():
@@ -177,7 +198,8 @@ class AnswerPass:
     def __init__(self, prompt: PromptPass, observer: AttentionRecorder | None = None) -> None:
         self.prompt, self._observer = prompt, observer
         prefixes = prompt.recorder.keys_and_values
-        self._recorder = AttentionGradRecorder(1, not prompt.recompute, 0, prefixes, observer)
+        self._graphs = SparseGraphs() if prompt.sparse else None
+        self._recorder = AttentionGradRecorder(1, not prompt.recompute, 0, prefixes, observer, self._graphs)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -188,6 +210,7 @@ class AnswerPass:
             torch.enable_grad(),
             record(model, recorder),
             route_model(model, recorder.checkpointer.run, recorder.checkpointer.run_last),
+            nullcontext() if self._graphs is None else self._graphs.route(model),
         ):
             yield
         if self._observer is not None:

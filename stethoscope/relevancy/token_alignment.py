@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,9 @@ from stethoscope.core.errors import CapabilityError
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, record
 from stethoscope.tracing.model_parts import outer_layers, route_layers, sites
 from stethoscope.tracing.token_spans import image_layout
+
+if TYPE_CHECKING:
+    from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
 
 _CACHE_SIZE = 64  # input shapes per model
 _BASES, _BASES_HALF = (2048,), (32, 2)  # bases of the digits of image-token indices that the precision resolves
@@ -216,6 +219,61 @@ def _probe_gradients(probe: _AlignmentProbe, weights: Tensor) -> Tensor:
     weights = weights.to(probe.projections.device)
     grads = torch.autograd.grad(probe.projections, probe.tags, weights, retain_graph=True)
     return torch.cat([grad.flatten(2).flatten(0, 1).float().cpu() for grad in grads])
+
+
+def image_token_kind(
+    model: PreTrainedModel, recorder: AttentionGradRecorder, samples: int, images: int, encoder_decoder: bool
+) -> str:
+    """Classify how the image tokens are computed from vision tokens.
+
+    Args:
+        model: the model.
+        recorder: of a forward pass.
+        samples: number of samples in that pass.
+        images: number of image tokens of each.
+        encoder_decoder: whether the language model has an encoder.
+
+    Returns:
+        ``queries`` (of a Q-Former), ``joint`` (queries of an abstractor, which attend to themselves and the vision
+        tokens), ``merged`` (each vision token into one image token) or ``same`` (a tower without attention).
+
+    Raises:
+        CapabilityError: they are computed in a way that is not supported.
+    """
+    name, roles = type(model).__name__, recorder.layers
+    if "cross" in roles and not encoder_decoder:
+        raise CapabilityError(f"{name}: relevancy of models that cross-attend to the image is not supported")
+    if "connector" in roles:
+        if all("visual_abstractor" in site for site in roles["connector"]) and _query_count(recorder, samples, images):
+            return "joint"
+        if not all("qformer" in site for site in roles["connector"]):
+            raise CapabilityError(f"{name}: relevancy through {roles['connector'][0]} is not supported")
+        return "queries"
+    if encoder_decoder:
+        raise CapabilityError(f"{name}: an encoder-decoder model is supported only with a Q-Former")
+    if "vision" not in roles:
+        sites_by_id = sites(model)
+        tower = (module for module in model.modules() if sites_by_id[id(module)].role == "vision")
+        if any("Attention" in type(module).__name__ for module in tower):
+            raise CapabilityError(f"{name}: the attention of its vision tower cannot be recorded")
+        return "same"
+    if len({recorder.sizes[site] for site in roles["vision"]}) != 1:
+        raise CapabilityError(f"{name}: the layers of the vision tower have different numbers of tokens")
+    return "merged"
+
+
+def _query_count(recorder: AttentionGradRecorder, samples: int, images: int) -> int:
+    """Count the queries of an abstractor, the first image tokens; 0 where its maps have other columns."""
+    connector, vision = (
+        {recorder.sizes[site] for site in recorder.layers.get(role, ())} for role in ("connector", "vision")
+    )
+    count = (connector.pop() - vision.pop()) // samples if len(connector) == len(vision) == 1 else 0
+    return count if 0 < count <= images else 0
+
+
+def first_sample(inputs: Mapping[str, Tensor], samples: int) -> Mapping[str, Tensor]:
+    """Select the inputs of the first of so many samples."""
+    return inputs if samples == 1 else {name: value[:1] for name, value in inputs.items()}
 
 
 def scaled_alignment(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor, Tensor] | None:

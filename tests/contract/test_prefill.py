@@ -35,32 +35,38 @@ def near(relevancy, expected):
             assert (part - other).abs().max() <= 2e-5 * other.abs().max(), name
 
 
-@pytest.mark.parametrize("room", [2**28, 2**18], ids=["graphs kept", "layers run again"])
-def test_answers_and_relevancy_behind_a_prefill(adapter, encoded, room, monkeypatch):
+@pytest.mark.parametrize(
+    ("room", "share", "kept"), [(2**28, 1, "whole"), (2**28, 0, "sparse"), (2**17, 1, "inputs")],
+    ids=["graphs kept", "sparse graphs kept", "layers run again"],
+)  # fmt: skip
+def test_answers_and_relevancy_behind_a_prefill(adapter, encoded, room, share, kept, monkeypatch):
     if not reuses(adapter):
         assert [prompt.cache for prompt in adapter.prefill(encoded)] == [None] * len(encoded)
         pytest.skip("runs no prompt before it is answered")
     monkeypatch.setattr(prefill, "_GRAPH_BYTES", room)
+    monkeypatch.setattr(prefill, "_WHOLE_SHARE", share)
     monkeypatch.setattr(prefill.memory, "input_bytes", lambda model, length: 0)
     prompts = adapter.prefill(encoded)
     assert all(prompt.cache.graph is not None for prompt in prompts)
-    answers, kept = adapter.generate_with_cache(prompts, GREEDY)
-    assert [prompt.cache for prompt in kept] == [prompt.cache for prompt in prompts]
+    graph = prompts[0].cache.graph
+    assert ("inputs" if graph.recompute else "sparse" if graph.sparse else "whole") == kept
+    answers, behind = adapter.generate_with_cache(prompts, GREEDY)
+    assert [prompt.cache for prompt in behind] == [prompt.cache for prompt in prompts]
     alone = adapter.generate(encoded, GREEDY)
     for answer, other in zip(answers, alone, strict=True):
         assert answer.token_ids == other.token_ids
         assert answer.logprobs == pytest.approx(other.logprobs, abs=5e-5)
     answers[1] = answers[1].until(min(2, len(answers[1].token_ids)))
     requires = ("attention", "lens", "relevancy", "no_image")
-    traces = adapter.trace_batch(kept, answers, requires)
+    traces = adapter.trace_batch(behind, answers, requires)
     others = adapter.trace_batch(encoded, answers, requires[:2])
     for trace, other, prompt, answer in zip(traces, others, encoded, answers, strict=True):
         for name in ("logits", "mass", "image_attention", "lens_logprob"):
             assert (getattr(trace, name) - getattr(other, name)).abs().max() <= 5e-5, name
         near(trace.relevancy, whole_pass(adapter, prompt, answer))
         assert trace.relevancy.question_positions == prompt.spans.question
-    assert all(prompt.cache.graph.spent for prompt in kept)
-    for trace, other in zip(adapter.trace_batch(kept[:2], answers[:2], ["relevancy"]), traces, strict=False):
+    assert all(prompt.cache.graph.spent for prompt in behind)
+    for trace, other in zip(adapter.trace_batch(behind[:2], answers[:2], ["relevancy"]), traces, strict=False):
         near(trace.relevancy, other.relevancy)  # whose graphs are spent
 
 

@@ -80,20 +80,22 @@ def test_blocks_of_any_shape_give_the_gradients_of_autograd(monkeypatch, module,
 
 
 @pytest.mark.parametrize(
-    ("samples", "heads", "groups", "keys", "expected"),
+    ("samples", "heads", "groups", "keys", "causal", "expected"),
     [
-        (1, 8, 8, 704, (93, 1, 4)),  # 8 heads of 64 rows do not fit 1 MiB, 4 do
-        (8, 8, 8, 704, (93, 1, 4)),
-        (8, 8, 8, 40, (102, 8, 8)),
-        (64, 8, 8, 128, (64, 4, 8)),
-        (1, 8, 8, 3044, (86, 1, 1)),
-        (1, 28, 4, 700, (374, 1, 1)),  # 7 heads share a key, so 5 of them at once would mix groups
-        (1, 32, 32, 12000, (64, 1, 1)),  # even where a head of 64 rows does not fit
+        (1, 8, 8, 704, False, (93, 1, 8)),
+        (8, 8, 8, 704, False, (93, 1, 8)),
+        (8, 8, 8, 40, False, (204, 8, 8)),
+        (64, 8, 8, 128, False, (64, 8, 8)),
+        (1, 8, 8, 3044, False, (86, 1, 2)),  # 8 heads of 64 rows do not fit 2 MiB, 2 do
+        (1, 28, 4, 700, False, (106, 1, 7)),  # 7 heads share a key, so 11 of them at once would mix groups
+        (1, 32, 32, 12000, False, (64, 1, 1)),  # even where a head of 64 rows does not fit
+        (1, 8, 8, 704, True, (70, 1, 8)),  # of smaller blocks less is masked
+        (1, 8, 8, 480, True, (136, 1, 8)),
     ],
 )
-def test_a_block_has_64_rows_or_more(module, samples, heads, groups, keys, expected):
+def test_a_block_has_64_rows_or_more(module, samples, heads, groups, keys, causal, expected):
     query, key = torch.empty(samples, heads, 1, 1).expand(-1, -1, keys, -1), torch.empty(samples, groups, keys, 1)
-    call = TracedCall(Site("", "language", 0), module, None, {}, None, [])
+    call = TracedCall(Site("", "language", 0), module, None, {}, None, [], causal=causal)
     assert attention_backward._block_shape(call, query, key) == expected
     call.budget = 5 * 4 * keys * 3  # a budget of three rows
     assert attention_backward._block_shape(call, query, key) == (3, 1, 1)
