@@ -38,6 +38,7 @@ from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor, TextM
 
 _LETTER = re.compile(r"[^\W\d_]")
 """A character within words; every extraction of a vocabulary begins a name at a letter, behind anything else."""
+_LETTERS = re.compile(r"[^\W\d_]+")
 _BLANKS = re.compile(r"\s+")
 _NOT = "n't"
 """The only letters behind a name: CHAIR's tokenizer sets this ending apart, whatever it follows."""
@@ -62,6 +63,7 @@ class NamePrefixes:
         self._forms = frozenset(folded)
         self._sorted = sorted(folded)
         self._first_words = frozenset(form.partition(" ")[0] for form in folded)
+        self._first_letters = frozenset(letters[0] for form in folded if (letters := _LETTERS.match(form)))
         self._longest = max((len(form) for form in folded), default=0)
 
     def can_begin(self, before: str, piece: str, after: str = "") -> bool:
@@ -91,6 +93,22 @@ class NamePrefixes:
                 if not self._sorted[index].startswith(prefix):
                     break
                 yield self._sorted[index].partition(" ")[0][len(prefix) :]
+
+    def has_first(self, word: str) -> bool:
+        """Decide whether a name can begin with these letters, behind which the text goes on with another character."""
+        folded = word.lower() if word.isascii() else "".join(_LETTERS.findall(_fold(word))[:1])
+        return folded in self._first_letters or folded.removesuffix("n") in self._first_letters  # "dogn't" has a dog
+
+    def is_open(self, text: str, asked: int) -> bool:
+        """Decide whether a name begins with a text, or can with what will follow.
+
+        Args:
+            text: the text from the first letter of a word on.
+            asked: length of the part in which the extraction has named nothing that begins there. Once the longest name
+                and a further word fit into it, the word is used in another sense.
+        """
+        past = asked > self._longest and " " in _fold(text[:asked])[self._longest :].lstrip()
+        return not past and self._fits(text, self._forms)
 
     def _recent_starts(self, text: str) -> Iterator[int]:
         """Yield the starts of words in which a name can have begun that is not over at the end of a text."""

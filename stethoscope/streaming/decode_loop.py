@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria
 
+from stethoscope.tracing.hooks import each_row
 from stethoscope.tracing.step_inputs import RewindableProcessor, StepInputs
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _decoding_loop(
                     output = model(**prepared, return_dict=True)
                 step_inputs.update(output)
                 scores = output.logits[:, -1].to(input_ids.device, torch.float32)
-                for index, (row, own) in enumerate(zip(rows, scores.split(1), strict=True)):
+                for index, (row, own) in enumerate(zip(rows, each_row(scores), strict=True)):
                     if not row.finished:
                         row.advance(own, partial(step_inputs.rewind, index))
                 unfinished = [index for index, row in enumerate(rows) if not row.finished]

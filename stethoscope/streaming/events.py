@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis.answer_verdicts import DiagnosedMention
+from stethoscope.tasks.extraction import as_extraction
 
 if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
+    from stethoscope.tasks.extraction import Extraction
     from stethoscope.tasks.object_extraction import MentionExtractor, TextMention
 
 
@@ -127,6 +129,8 @@ StreamEvent = Token | MentionCompleted | TakenBack | Final
 """All that ``stream`` yields."""
 
 _WORD_FOLLOWS = re.compile(r"\s*\S+\s")  # after a name: whatever else its word has, or a word, is complete
+_NAME_FOLLOWED = re.compile(r"[^\W\d_]++\s*\S+\s")  # the same after the first letters of a name
+_LETTERS_OVER = re.compile(r"[^\W\d_]++(?!\Z)")  # letters to which the text adds no more
 
 
 def is_complete(text: str, end: int) -> bool:
@@ -153,8 +157,10 @@ class MentionTracker:
         completed: mentions so far, in reading order.
     """
 
-    def __init__(self, extractor: MentionExtractor, detector: Detector | None) -> None:
-        self._extractor, self._detector = extractor, detector
+    def __init__(self, extractor: Extraction | MentionExtractor, detector: Detector | None) -> None:
+        self._extractor, self._detector = as_extraction(extractor), detector
+        self._read = self._asked = 0  # length of the text of which all words are known; of that last extracted from
+        self._starts: list[int] = []  # characters with which later mentions can begin
         self._once = detector is not None and detector.settings["repeats"] == "first"
         self.completed: list[MentionCompleted] = []
 
@@ -166,11 +172,32 @@ class MentionTracker:
             finished: whether the answer has ended.
         """
         position = self.completed[-1].end if self.completed else 0
-        if not finished and not is_complete(text, position):
+        if not finished and not self._is_due(text, position):
             return []
         later = [mention for mention in self._extractor(text) if mention.start >= position]
         complete = [mention for mention in later if finished or is_complete(text, mention.end)]
         return sorted(complete, key=lambda mention: mention.start)
+
+    def _is_due(self, text: str, position: int) -> bool:
+        """Whether a name that begins at ``position`` or later can be complete: most words begin none.
+
+        To extract the mentions takes time that grows with the text.
+        """
+        names = self._extractor.name_prefixes
+        if names is None:
+            return is_complete(text, position)
+        for word in _LETTERS_OVER.finditer(text, self._read):
+            self._read = word.end()
+            if names.has_first(word[0]):
+                self._starts.append(word.start())
+        if not self._starts:
+            return False
+        later = [start for start in self._starts if start >= position]
+        self._starts = [start for start in later if names.is_open(text[start:], self._asked - start)]
+        due = any(_NAME_FOLLOWED.match(text, start) for start in self._starts)
+        if due:
+            self._asked = len(text)
+        return due
 
     def add(
         self, mention: TextMention, spans: Sequence[tuple[int, int]], probabilities: Sequence[float | None]
@@ -200,3 +227,4 @@ class MentionTracker:
     def rewind(self, end: int) -> None:
         """Forget the mentions beyond the first ``end`` characters."""
         self.completed = [mention for mention in self.completed if mention.end <= end]
+        self._read, self._asked, self._starts = 0, 0, []

@@ -23,7 +23,15 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.streaming.recorded_steps import DeferredAttention, Keys, RecordedSteps, Step
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Recording, capturing, last_row, selected
+from stethoscope.tracing.hooks import (
+    AttentionCall,
+    AttentionRecorder,
+    Recording,
+    capturing,
+    each_row,
+    last_row,
+    selected,
+)
 from stethoscope.tracing.model_parts import modules_of, sites
 
 _NOT_PLAIN = ("position_bias", "softcap", "s_aux")  # options that change the map from softmax(scaling q k)
@@ -139,7 +147,7 @@ class StepRecorder(AttentionRecorder):
         """
         name, length = call.site.name, call.key.shape[2]
         rows: list[Tensor | DeferredAttention] = []
-        for index, (steps, query) in enumerate(zip(self._steps, last.split(1), strict=True)):
+        for index, (steps, query) in enumerate(zip(self._steps, each_row(last), strict=True)):
             seen = steps.key_count(len(steps.logits))
             if not self._padded and length != seen:  # a window has dropped some
                 return None
@@ -192,10 +200,10 @@ class StepRecorder(AttentionRecorder):
         if self._attends and not all(self._rows.values()):
             role = next(role for role, rows in self._rows.items() if not rows)
             raise CaptureError(f"no {role} attention was recorded; open the stream in the thread that generates")
-        hidden = list(zip(*(layer.split(1) for layer in self._hidden), strict=True)) or [()] * len(self._steps)
-        for index, (steps, streams, row) in enumerate(zip(self._steps, hidden, logits[:, -1], strict=True)):
+        hidden = list(zip(*map(each_row, self._hidden), strict=True)) or [()] * len(self._steps)
+        for index, (steps, streams, row) in enumerate(zip(self._steps, hidden, each_row(logits), strict=True)):
             rows = {role: [layer[index] for layer in layers] for role, layers in self._rows.items()}
-            steps.add(Step(list(streams), rows, self._deferred), row)
+            steps.add(Step(list(streams), rows, self._deferred), row[0, -1])
         self._deferred = True
         self._hidden, self._rows = [], {role: [] for role in self.roles}
 

@@ -8,7 +8,7 @@ including the causal mask that SDPA omits. ``record`` selects the function withi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -283,6 +283,11 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 def last_row(states: Tensor) -> Tensor:
     """Return the last of (..., n, d) states, (..., 1, d), which keeps no others in memory."""
     return states if states.shape[-2] == 1 else states[..., -1:, :].clone()
+
+
+def each_row(batch: Tensor) -> Sequence[Tensor]:
+    """Split (B, ...) into B tensors (1, ...); a batch of one is left as it is, because splitting takes 10 us."""
+    return batch.split(1) if len(batch) > 1 else (batch,)
 
 
 @contextmanager
