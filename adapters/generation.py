@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -150,6 +149,26 @@ class TokenLogprobs(LogitsProcessor):
         """Take the log-probabilities of the newest tokens from the scores that they were chosen by."""
         if self._scores is not None:
             self._steps.append(self._scores.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0])
+
+
+class SuppressTokens(LogitsProcessor):
+    """Let no token of some be written.
+
+    That of transformers searches the whole vocabulary for them at every step: 2 % of the time of a small model.
+
+    Args:
+        ids: of the tokens; those beyond the model's scores are ignored.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = list(ids)
+        self._columns: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._columns is None:
+            own = [token for token in self._ids if token < scores.shape[-1]]
+            self._columns = torch.tensor(own, dtype=torch.long, device=scores.device)
+        return scores.index_fill(-1, self._columns, -torch.inf)
 
 
 def check_rewinds(config: PreTrainedConfig, mitigation: str, model: str, length: int) -> None:
@@ -367,8 +386,7 @@ class AnswerGenerator:
         processors = [] if method is None else method.processors(adapter, encoded, generation)
         settings = self.config(generation)
         if settings.suppress_tokens:  # by a processor of ours, so that one before it sees the model's own scores
-            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, inputs["input_ids"].device)
-            processors = [suppress, *processors]
+            processors = [SuppressTokens(settings.suppress_tokens), *processors]
             settings.suppress_tokens = None
         return {
             **inputs,

@@ -287,7 +287,7 @@ def last_row(states: Tensor) -> Tensor:
 
 def each_row(batch: Tensor) -> Sequence[Tensor]:
     """Split (B, ...) into B tensors (1, ...); a batch of one is left as it is, because splitting takes 10 us."""
-    return batch.split(1) if len(batch) > 1 else (batch,)
+    return batch.split(1) if batch.shape[0] > 1 else (batch,)
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import GenerationConfig, SuppressTokensLogitsProcessor
 
-from stethoscope.adapters.generation import build_config, drop_defaults
+from stethoscope.adapters.generation import SuppressTokens, build_config, drop_defaults
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
@@ -173,6 +173,16 @@ def test_wrong_settings(settings, words):
 def test_the_longest_answer_must_be_known_to_write_one():
     with pytest.raises(ConfigError, match="max_new_tokens must be given"):
         build_config(Generation(), [0], 0)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [4, 2, 8, 9, 40], [40]])
+def test_tokens_are_kept_from_being_written_as_transformers_does_it(ids):
+    own, reference = SuppressTokens(ids), SuppressTokensLogitsProcessor(ids)
+    for seed in range(2):
+        scores = torch.randn(3, 9, generator=torch.Generator().manual_seed(seed))
+        before = scores.clone()
+        assert torch.equal(own(None, scores), reference(None, scores))
+        assert torch.equal(scores, before)
 
 
 LEAKS = {
