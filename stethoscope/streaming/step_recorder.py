@@ -4,9 +4,8 @@ Rows are recorded while the model generates with its cache, without another pass
 are computed at once only where they cannot be computed later: calls with a position bias or with a mask that hides more
 than padding, and keys that a sliding window has dropped.
 
-Deferring maps is a fast path, and steps of tokens that are not scored cost little more than their references: warnings
-add 8 to 10 % of CPU time per token on the embedded test-bed model (``scripts/bench/stream.py``). It was not measured on
-a GPU.
+Deferring maps is a fast path: steps of tokens that are not scored cost little more than their references
+(``scripts/bench/stream.py``). It was not measured on a GPU.
 """
 
 from __future__ import annotations
