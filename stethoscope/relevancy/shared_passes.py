@@ -93,8 +93,8 @@ class PromptPass:
         budget: see ``relevancy_from_inputs``.
         recompute: see ``relevancy_from_inputs``.
         states: whether to keep hidden states, for which the last layer runs to its end.
-        sparse: make graphs that are kept sparse, and keep no maps with them: half the memory for a fifth of a forward
-            pass.
+        sparse: make graphs that are kept sparse, and keep no maps with them: half the memory for a quarter of a
+            forward pass.
 
     Attributes:
         model: the model.
