@@ -178,7 +178,7 @@ def graph_bytes(model: PreTrainedModel, context: int, sparse: bool = False) -> i
         context: number of positions.
         sparse: whether the graph is sparse, see ``relevancy.checkpointing``, and keeps no maps.
     """
-    parts, inner_share = _layers_and_sizes(model, context), 0.3 if sparse else 1
+    parts, inner_share = _layers_and_sizes(model, context), 0.45 if sparse else 1
     kept = sum(
         layers * positions * round(6 * width + 4 * inner_share * inner) for layers, positions, width, inner, _ in parts
     )

@@ -102,7 +102,7 @@ class SparseGraphs:
         return kept.value() if isinstance(kept, _Recipe) else kept
 
 
-_KEPT_PRODUCTS = 0.28  # of the language model: sparse graphs keep the outputs of its last matrix products
+_KEPT_PRODUCTS = 0.6  # of the language model: sparse graphs keep the outputs of its last matrix products
 _UNCHANGING = (nn.Identity, nn.modules.dropout._DropoutNd)
 
 
