@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stethoscope.adapters.prompt_caches import join_caches, joined_cache, split_cache
+from stethoscope.adapters.prompt_caches import capture_embeds, image_embeds, join_caches, joined_cache, split_cache
 from stethoscope.core.types import required
 from stethoscope.relevancy.shared_passes import PrefixCache, continues
 from stethoscope.tracing.attention_recorder import logits_to_keep
@@ -272,8 +272,17 @@ class ForwardRunner:
         ]
         inputs = self.to_device(collate(parts, self.pad_id, "right"))
         head = self.positions_to_keep([inputs["input_ids"].shape[1] - 1])
-        cache = self.model(**inputs, **head, use_cache=True).past_key_values
-        return split_cache(cache, [[slice(0, length)] for length in lengths])
+        with capture_embeds(self.model) as captured:
+            cache = self.model(**inputs, **head, use_cache=True).past_key_values
+        caches = split_cache(cache, [[slice(0, length)] for length in lengths])
+        return None if caches is None else _with_embeds(caches, image_embeds(captured, encoded))
+
+    @torch.inference_mode()
+    def read_embeds(self, encoded: Sequence[Encoded]) -> list[Tensor | None]:
+        """Run B prompts of a decoder-only model up to its first layer, and return the (N, D) image tokens of each."""
+        with suppress(_PromptRead), capture_embeds(self.model) as captured, record(self.model, _StopAtKeys(1)):
+            self.model(**self.collate(encoded, "right"), use_cache=False)
+        return image_embeds(captured, encoded)
 
     def read_prompts(self, encoded: Sequence[Encoded]) -> list[PromptCache]:
         """Run one pass over B prompts of a causal model, which ends at the keys and values of the last layer.
@@ -332,7 +341,11 @@ class ForwardRunner:
         return None if caches is None else caches[0].clone() if len(encoded) > 1 else caches[0]
 
     def prompt_caches(
-        self, cache: Any, encoded: Sequence[Encoded], columns: Sequence[Sequence[slice]]
+        self,
+        cache: Any,
+        encoded: Sequence[Encoded],
+        columns: Sequence[Sequence[slice]],
+        embeds: Sequence[Tensor | None] | None = None,
     ) -> list[PromptCache | None]:
         """Cut a cache of transformers into one per prompt.
 
@@ -340,6 +353,7 @@ class ForwardRunner:
             cache: ``past_key_values`` that a forward pass or ``generate`` returned; it cannot be used afterwards.
             encoded: B prompts.
             columns: B lists of ranges of cache columns, which hold the prompt.
+            embeds: of their image tokens, where they are known.
 
         Returns:
             B caches; None where the cache drops or changes keys, or cannot be used again.
@@ -347,6 +361,7 @@ class ForwardRunner:
         caches = split_cache(cache, columns) if self.causal else None
         if caches is None:
             return [None] * len(encoded)
+        caches = caches if embeds is None else _with_embeds(caches, embeds)
         # a prompt's last token runs again, and an image token would be embedded as text without the pixels
         in_image = [prompt.spans.image[-1] == prompt.spans.length - 1 for prompt in encoded]
         return [None if ends else part for part, ends in zip(caches, in_image, strict=True)]
@@ -368,6 +383,10 @@ class ForwardRunner:
     def positions_to_keep(self, positions: Sequence[int]) -> dict[str, list[int]]:
         """Return the argument that makes the head run on some positions alone, see ``logits_to_keep``."""
         return {"logits_to_keep": list(positions)} if self._takes_positions else {}
+
+
+def _with_embeds(caches: Sequence[PromptCache], embeds: Sequence[Tensor | None]) -> list[PromptCache]:
+    return [replace(cache, embeds=part) for cache, part in zip(caches, embeds, strict=True)]
 
 
 class _PromptRead(Exception):

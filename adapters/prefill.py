@@ -75,7 +75,8 @@ class Prefill:
                 for position, index in enumerate(group):
                     own = slice(position, position + 1)
                     layers = tuple((keys[own], values[own]) for keys, values in graph.layers)
-                    prompts[index] = replace(prompts[index], cache=PromptCache(layers, graph, position))
+                    cache = PromptCache(layers, graph, position, graph.embeds[position])
+                    prompts[index] = replace(prompts[index], cache=cache)
         return prompts
 
     def complete(self, encoded: Sequence[Encoded], requires: Collection[str]) -> tuple[list[Encoded], list[list[int]]]:

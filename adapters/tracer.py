@@ -19,6 +19,7 @@ from torch import Tensor
 from stethoscope.adapters.contrast_passes import CONTRASTS, ContrastPasses, layer_states
 from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
 from stethoscope.adapters.prefill import SMALL_MAPS, Prefill, attention_bytes
+from stethoscope.adapters.prompt_caches import capture_embeds, image_embeds
 from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
@@ -54,6 +55,7 @@ class _Rows(NamedTuple):
         stream: residual stream (B, T or T + 1, D) after each layer, if required.
         logits: (B, T, V).
         relevancies: of the answers, if they share a pass with a graph.
+        embeds: (N, D) image tokens of every prompt, if a pass over whole prompts has read them; empty otherwise.
     """
 
     attention: RowAttentionRecorder | None
@@ -61,6 +63,7 @@ class _Rows(NamedTuple):
     stream: list[Tensor]
     logits: Tensor
     relevancies: list[Relevancy]
+    embeds: list[Tensor | None]
 
 
 class Tracer:
@@ -128,9 +131,9 @@ class Tracer:
         ids = [answer.token_ids for answer in answers]
         recorded = None if shares else _recorded_rows(encoded, ids, requires)
         if recorded is None:
-            attention, states, stream, logits, relevancies = self._run(encoded, ids, requires, shares)
+            attention, states, stream, logits, relevancies, embeds = self._run(encoded, ids, requires, shares)
         else:
-            (attention, stream, logits), states, relevancies = recorded, None, []
+            (attention, stream, logits), states, relevancies, embeds = recorded, None, [], []
         hidden = [layer[:, : logits.shape[1]] for layer in stream]  # without the row that consumes the last token
         if logits.amax(-1).isnan().any():  # a tenth of the time of looking at all of them
             raise CaptureError(f"{self._name}: the logits hold values that are not numbers")
@@ -157,6 +160,7 @@ class Tracer:
         if "hidden" in requires:
             probed = self._find_lens().probed(stream)
             whole["hidden"] = [states[: len(answer) + 1] for states, answer in zip(probed, ids, strict=True)]
+            whole["image_embeds"] = self._image_embeds(encoded, relevancies, embeds)
         if isinstance(attention, HeadAttentionRecorder):
             whole["heads"] = attention.heads()
         if states is not None:
@@ -203,11 +207,26 @@ class Tracer:
                 stack.enter_context(record(self._model, attention))
             if states is not None:
                 stack.enter_context(states.listen())
+            captured: list[Tensor] = []
+            if "hidden" in requires and not forward.skipped:
+                captured = stack.enter_context(capture_embeds(self._model, self._forward.decoder_start is not None))
             reads = not requires.isdisjoint(STREAM_REQUIREMENTS)
             stream = stack.enter_context(self._find_lens().listen(forward.rows)) if reads else []
             logits = self._forward.logits(forward, rows)
         relevancies = [] if answer_pass is None else relevancies_from_passes(answer_pass, logits, ids)
-        return _Rows(attention, states, stream, logits.detach(), relevancies)
+        embeds = image_embeds(captured, encoded) if captured else []
+        return _Rows(attention, states, stream, logits.detach(), relevancies, embeds)
+
+    def _image_embeds(
+        self, encoded: Sequence[Encoded], relevancies: Sequence[Relevancy], embeds: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Return the (N, D) image tokens of every prompt; a pass is made only where none has left them behind."""
+        if relevancies:
+            return [part.image_embeds for part in relevancies]
+        parts = list(embeds) or [None if prompt.cache is None else prompt.cache.embeds for prompt in encoded]
+        if any(part is None for part in parts) and self._forward.causal:
+            parts = self._forward.read_embeds(encoded)
+        return [None if part is None else part.float().cpu() for part in parts]
 
     # --- recorders --------------------------------------------------------------------------------------------------
 

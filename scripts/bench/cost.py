@@ -27,6 +27,7 @@ from stethoscope.evaluation.pipeline import TRACE_BATCH
 from stethoscope.evaluation.state import RunState
 from stethoscope.features import FeatureSet, named_set
 from stethoscope.features.registry import compute_columns, without_vectors
+from stethoscope.features.relevancy import image_tokens
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.tokens import TokenFiles, TokenRows, token_tables
@@ -98,7 +99,10 @@ def measure(
                 for sample, trace, columns in zip(asked[few], traces, computed, strict=True):
                     owners = trace.answer.owners(run.task.label_mentions(sample, trace.answer))
                     named = [mention is not None for mention in owners]
-                    rows.append(TokenRows(sample, trace.answer, owners, without_vectors(columns, named)))
+                    tokens = image_tokens(trace, columns)
+                    rows.append(
+                        TokenRows(sample, trace.answer, owners, without_vectors(columns, named), image_tokens=tokens)
+                    )
                     maps.on_trace(run, sample, trace)
             tables.append(token_tables(run.task.name, rows))
 

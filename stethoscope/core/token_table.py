@@ -39,7 +39,8 @@ KEY_COLUMNS: dict[str, str] = {
     "labeller": "what labelled the mentions: name and version of the task, such as chair/1",
     "picture": "statistics of the picture's pixels (``core.images.picture_profile``) as text; empty in older tables",
     "image_tokens": "vectors of the picture at the input of the language model as text (``unpack_vectors``), with "
-    "``attended_embedding`` in the table; empty otherwise. A file has them in the first row of an answer only",
+    "hidden states or ``attended_embedding`` in the table; empty otherwise. A file has them in the first row of an "
+    "answer only",
 }
 """Meaning of every key column. All other columns of a token table are features (float32)."""
 

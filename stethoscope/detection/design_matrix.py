@@ -54,6 +54,7 @@ class Inputs:
         probed: give hidden states to a probe; otherwise they are plain features.
         taught: probe and evidence learn from the model's verification instead of from labels.
         imaged: add the score of ``image_probe``.
+        visual: may read image tokens.
     """
 
     features: tuple[str, ...] = ()
@@ -63,6 +64,7 @@ class Inputs:
     probed: bool = True
     taught: bool = False
     imaged: bool = False
+    visual: bool = True
 
     @cached_property
     def hidden(self) -> tuple[str, ...]:
@@ -73,6 +75,11 @@ class Inputs:
     def evidence_columns(self) -> tuple[str, ...]:
         """Columns that only the visual-consistency classifier reads."""
         return tuple(name for name in self.features if feature_of(name) == FEATURE)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether image tokens are read where the table has them: beside hidden states or image evidence."""
+        return self.visual and (bool(self.evidence_columns) or any(map(is_hidden, self.features)))
 
     @property
     def without_evidence(self) -> tuple[str, ...]:
@@ -95,7 +102,7 @@ class Inputs:
     @property
     def needs_objects(self) -> bool:
         """Whether the matrix depends on the named object."""
-        return self.named or self.factored or bool(self.evidence_columns)
+        return self.named or self.factored or self.imaged or bool(self.evidence_columns)
 
     @property
     def width(self) -> int:
@@ -131,7 +138,7 @@ class Inputs:
         return np.hstack(parts)
 
     def arrange(self, values: np.ndarray) -> np.ndarray:
-        """Arrange values without a table as ``matrix`` does: for detectors that read neither objects nor evidence.
+        """Arrange values without a table as ``matrix`` does: for detectors with ``needs_objects`` false.
 
         Args:
             values: (rows, features) in the order of ``features``.
@@ -366,9 +373,11 @@ class Selection:
         Raises:
             ConfigError: no column is left.
         """
-        named, factored, probed = (self.settings[key] for key in ("objects", "factored", "hidden_probe"))
-        inputs = Inputs(tuple(names), tuple(objects), named, factored, probed, self.settings["labels"] != "all")
-        if self.settings["visual_consistency"]:
+        keys = ("objects", "factored", "hidden_probe", "visual_consistency")
+        named, factored, probed, visual = (self.settings[key] for key in keys)
+        taught = self.settings["labels"] != "all"
+        inputs = Inputs(tuple(names), tuple(objects), named, factored, probed, taught, visual=visual)
+        if visual:
             return inputs
         if not inputs.without_evidence:
             raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")

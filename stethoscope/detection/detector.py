@@ -23,7 +23,7 @@ from stethoscope.detection.detector_manifest import DetectorManifest, check_note
 from stethoscope.detection.estimator_classes import restored_classifier
 from stethoscope.detection.estimators import add_prefix
 from stethoscope.detection.evidence_prior import Explanation, explanation
-from stethoscope.detection.image_probe import ImageProbe, fit_image_probe
+from stethoscope.detection.image_probe import ImageProbe, fit_image_probe, has_tokens
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import mixture_line, recalibrate
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee
@@ -58,8 +58,8 @@ class Detector:
         subtokens: how sub-tokens of a mention are reduced, as in ``stethoscope.core.token_table.mention_rows``.
         visual_consistency: read the feature ``attended_embedding``, where the table has it, to score whether the image
             evidence that a token attended to fits the object it names (``stethoscope.detection.visual_consistency``).
-            It reads the object for that purpose only. A table with this feature also has the image tokens, in which
-            ``stethoscope.detection.image_probe`` looks for the object. False leaves both out.
+            It reads the object for that purpose only. A table with this feature or hidden states also has the image
+            tokens, in which ``stethoscope.detection.image_probe`` looks for the object. False leaves both out.
         hidden_probe: reduce hidden states (features of the group ``hidden``), where the table has them, to two scores
             by a small network (``stethoscope.detection.hidden_probe``). If the training table also has
             ``verify_odds``, one of them learns from the model's own verification; prediction does not need it. False
@@ -345,7 +345,7 @@ class Detector:
         """Return the probabilities of rows without a table, (rows,) in [0, 1], as a stream makes them.
 
         Args:
-            rows: (rows, features) in the order of ``features``, of a detector that reads neither objects nor evidence.
+            rows: (rows, features) in the order of ``features``, of a detector whose ``inputs`` need no objects.
 
         Raises:
             ArtefactError: the detector was not fitted.
@@ -390,10 +390,11 @@ class Detector:
         """Fit the probe of image tokens, where there are any, and build the design matrix of the training mentions."""
         inputs = self._inputs
         fitted = None
-        if inputs.evidence_columns and len(train):
+        if inputs.reads_tokens and has_tokens(train):
+            inputs = replace(inputs, objects=inputs.objects or frequent_objects(train))
             fitted = fit_image_probe(train, unlabelled, inputs.objects, inputs.taught, self.settings["seed"])
         if fitted is None:
-            return inputs.matrix(train)
+            return self._inputs.matrix(train)
         self._image_probe, self._inputs = fitted[0], replace(inputs, imaged=True)
         return self._inputs.matrix(train, fitted[1])
 
@@ -529,7 +530,7 @@ class Detector:
             raise ArtefactError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
         settings = detector.settings
         try:
-            if inputs.evidence_columns and "mean" in arrays.under(PROBE):
+            if inputs.reads_tokens and "mean" in arrays.under(PROBE):
                 detector._image_probe = ImageProbe.restore(arrays.under(PROBE), len(inputs.objects))
                 inputs = replace(inputs, imaged=True)
             model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])

@@ -3,8 +3,8 @@
 A small network gives every image token a score for every object, and the log-sum-exp of an object's scores over tokens
 says whether the picture shows it (multiple-instance learning: which token shows it need not be known). It learns from
 what is known about the names in answers: their labels, the model's replies when it was asked, or the mean of both.
-Prediction costs no pass: ``attended_embedding`` reads the same tokens, and reduces them to one vector before anything
-is learned.
+Prediction costs no pass: the tokens are what the language model read. ``attended_embedding`` reduces the same ones to
+one vector before anything is learned.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class ImageProbe:
             DataError: the table has no image tokens, or some of another kind.
         """
         named = object_index(rows, objects)
-        if IMAGE_TOKENS not in rows or ((named >= 0).any() and not _has_tokens(rows)):
+        if IMAGE_TOKENS not in rows or ((named >= 0).any() and not has_tokens(rows)):
             raise DataError(
                 "the token table has no image tokens, which the detector reads; compute its features again with "
                 "`stethoscope extract`"
@@ -217,7 +217,7 @@ def fit_image_probe(
     """
     rows = train if unlabelled is None else pd.concat([train, unlabelled], ignore_index=True)
     labels, groups = train["label"].to_numpy(dtype=int), train["group"].to_numpy(dtype=str)
-    if inner_folds(groups, labels) is None or not objects or not _has_tokens(rows):
+    if inner_folds(groups, labels) is None or not objects or not has_tokens(rows):
         return None
     codes, pictures = _pictures(rows)
     targets = _targets(rows, codes, object_index(rows, objects), (len(pictures), len(objects)), taught)
@@ -234,7 +234,8 @@ def fit_image_probe(
     return (fitted_without(groups[:0]), scores) if np.isfinite(scores).any() else None
 
 
-def _has_tokens(rows: pd.DataFrame) -> bool:
+def has_tokens(rows: pd.DataFrame) -> bool:
+    """Whether any row of a token table has image tokens."""
     return IMAGE_TOKENS in rows and bool((rows[IMAGE_TOKENS].fillna("") != "").any())
 
 

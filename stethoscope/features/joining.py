@@ -44,7 +44,8 @@ def _key(trace: Trace) -> Hashable:
 def join(traces: Sequence[Trace]) -> Trace:
     """Join the traces of two answers or more into one, whose rows follow one another.
 
-    It has the parts that features with ``by_row`` read: no ``states``, and no ``response`` of ``heads``.
+    It has the parts that features with ``by_row`` read: no ``states`` and ``image_embeds``, and no ``response`` of
+    ``heads``.
     """
     import torch  # listing features needs none
 
@@ -54,7 +55,7 @@ def join(traces: Sequence[Trace]) -> Trace:
     for item in fields(traces[0]):
         values = [getattr(trace, item.name) for trace in traces]
         if isinstance(values[0], torch.Tensor):
-            parts[item.name] = torch.cat(values)
+            parts[item.name] = torch.cat(values) if item.name != "image_embeds" else None
     if traces[0].heads is not None:
         parts["heads"] = _join_heads([trace.require("heads") for trace in traces])
     if traces[0].relevancy is not None:

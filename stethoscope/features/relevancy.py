@@ -14,7 +14,7 @@ import numpy as np
 
 from stethoscope.core.token_table import pack_vectors
 from stethoscope.features.distributions import cached_on_trace, normalised_entropy
-from stethoscope.features.registry import feature
+from stethoscope.features.registry import FEATURES, feature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 DIMENSIONS, TOKEN_DIMENSIONS = 256, 128
 """Largest number of columns. Wider states are projected onto random directions, which keeps angles to about 6 %."""
+TOKEN_GROUPS = frozenset({"hidden", "visual_evidence"})
+"""Groups of features beside which a token table has the image tokens: their traces hold them."""
 
 
 @dataclass(frozen=True)
@@ -229,19 +231,22 @@ def attended_embedding(trace: Trace) -> np.ndarray:
 
 
 def image_tokens(trace: Trace, columns: Iterable[str]) -> str:
-    """Write the image tokens that ``attended_embedding`` weights as text (``pack_vectors``); "" without that feature.
+    """Write the image tokens that ``attended_embedding`` weights as text (``pack_vectors``).
 
-    They have ``TOKEN_DIMENSIONS`` dimensions at most, after a random projection as there.
+    They have ``TOKEN_DIMENSIONS`` dimensions at most, after a random projection as there. The text is empty without
+    that feature and hidden states, or where the model does not show its image tokens.
 
     Args:
-        trace: with relevancy.
+        trace: of the answer.
         columns: names of the columns that were computed of it.
     """
-    relevancy, prefix = trace.relevancy, f"{attended_embedding.__name__}_d"
-    if relevancy is None or not any(name.startswith(prefix) for name in columns):
+    embeds = trace.image_embeds
+    if embeds is None and trace.relevancy is not None:
+        embeds = trace.relevancy.image_embeds
+    prefixes = tuple(f"{name}_d" for name, item in FEATURES.items() if item.group in TOKEN_GROUPS)
+    if embeds is None or not len(embeds) or not any(name.startswith(prefixes) for name in columns):
         return ""
-    embeds = relevancy.require_image_embeds().float().numpy()
-    return pack_vectors(_projected(embeds, TOKEN_DIMENSIONS)) if len(embeds) else ""
+    return pack_vectors(_projected(embeds.float().numpy(), TOKEN_DIMENSIONS))
 
 
 def _projected(vectors: np.ndarray, most: int) -> np.ndarray:

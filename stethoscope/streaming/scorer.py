@@ -207,6 +207,12 @@ def _check(detector: Detector, delay: int) -> None:
             f"the detector reads the name of the object ({named[0]}=true), which is known when it is written out; "
             f"train with detector.{named[0]}=false to warn while the model writes, or give this one as final="
         )
+    if detector.inputs.imaged:
+        raise CapabilityError(
+            "the detector looks for the named object among the image tokens, and the name is known when it is written "
+            "out; train with detector.visual_consistency=false to warn while the model writes, or give this one as "
+            "final="
+        )
     names = feature_set(detector.features).names
     late = [name for name in names if not FEATURES[name].requires <= STEP_REQUIREMENTS]
     if late:

@@ -164,6 +164,13 @@ def route_model(model: nn.Module, run: Callable[..., Any], run_last: Callable[..
         yield
 
 
+def layers_of(model: nn.Module, role: str) -> list[nn.Module]:
+    """List the layers of a part of the model, such as ``language``, in order."""
+    sites_by_id = sites(model)
+    layers = [module for module in modules_of(model) if isinstance(module, GradientCheckpointingLayer)]
+    return [layer for layer in layers if sites_by_id[id(layer)].role == role]
+
+
 @contextmanager
 def capture_inputs(model: nn.Module, role: str, every: bool = False) -> Iterator[list[Tensor]]:
     """Capture what enters the first layer of a part of the model, or every layer of it, by hooks within the block.
@@ -174,22 +181,22 @@ def capture_inputs(model: nn.Module, role: str, every: bool = False) -> Iterator
         every: whether to hook every layer.
 
     Yields:
-        A list that receives the (B, S, D) states of one forward pass, detached.
+        A list that receives the (B, S, D) states of the first forward pass, detached.
 
     Raises:
         CapabilityError: the model has no such layer.
     """
-    sites_by_id = sites(model)
-    layers = [module for module in modules_of(model) if isinstance(module, GradientCheckpointingLayer)]
-    layers = [layer for layer in layers if sites_by_id[id(layer)].role == role]
+    layers = layers_of(model, role)
     if not layers:
         raise CapabilityError(f"{type(model).__name__}: no first layer of its language model was found")
     captured: list[Tensor] = []
+    layers = layers[: None if every else 1]
 
     def capture(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        captured.append((arguments[0] if arguments else options["hidden_states"]).detach())
+        if len(captured) < len(layers):
+            captured.append((arguments[0] if arguments else options["hidden_states"]).detach())
 
-    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers[: None if every else 1]]
+    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
     try:
         yield captured
     finally:

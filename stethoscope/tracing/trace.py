@@ -180,11 +180,13 @@ class PromptCache:
             tensors, which live as long as they do.
         graph: the pass that computed them, with its graph, for the relevancy of an answer; None where it kept none.
         index: of the prompt in this pass.
+        embeds: (N, D) image tokens at the input of the language model; None where they were not kept.
     """
 
     layers: tuple[tuple[Tensor, ...], ...]
     graph: PromptPass | None = None
     index: int = 0
+    embeds: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -198,7 +200,7 @@ class PromptCache:
 
     def clone(self) -> PromptCache:
         """Copy keys and values out of the larger tensors."""
-        return PromptCache(tuple(tuple(part.clone() for part in pair) for pair in self.layers))
+        return PromptCache(tuple(tuple(part.clone() for part in pair) for pair in self.layers), embeds=self.embeds)
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,8 @@ class Trace:
         states: hidden states of image, question and answer tokens.
         hidden: (T + 1, 2, D) hidden states of the rows at ``HIDDEN_LAYERS``, the last one after the final norm; row k
             predicts answer token k and consumes token k - 1.
+        image_embeds: (N, D) image tokens at the input of the language model (of its encoder), as ``Relevancy`` has
+            them. Of ``hidden``; None where the model does not show them, and in the trace of decoding steps.
         trajectory: (T, L - 1) Jensen-Shannon divergence in nats, of the distribution decoded after each layer but the
             last from the model's own.
         image_lens: (T, L + 1, 2) probability of the token when h_l of the image tokens is decoded by the head, without
@@ -356,6 +360,7 @@ class Trace:
     heads: HeadAttention | None = None
     states: HiddenStates | None = None
     hidden: Tensor | None = None
+    image_embeds: Tensor | None = None
     trajectory: Tensor | None = None
     image_lens: Tensor | None = None
     lens_entropy: Tensor | None = None

@@ -1,11 +1,14 @@
 """A trace holds what the model did: its logits, its attention, its layers read by its own head."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers.contract_helpers import attention, extended, has_encoder, language, predicting, reads_by_queries
 
 from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.core.types import Generation
 from stethoscope.diagnosis.layers_pass import attention_recorder, read_layers
 from stethoscope.features import DEFAULT_GROUPS, FEATURES, GROUPS, FeatureSet
 from stethoscope.tracing.hooks import AttentionRecorder, record
@@ -192,6 +195,30 @@ def test_relevancy_has_a_row_for_every_token_and_adds_up(adapter, encoded, trace
         close(sum(part.sum(-1) for part in parts), relevancy.total, 1e-5)
         assert relevancy.question_positions == prompt.spans.question
         assert (relevancy.image.sum(-1) > 0).any()
+
+
+def test_image_embeds_are_those_of_relevancy_without_a_backward_pass(adapter, encoded, answers):
+    expected = [
+        adapter.trace(prompt, answer, ["relevancy"]).relevancy.image_embeds
+        for prompt, answer in zip(encoded, answers, strict=True)
+    ]
+    generated, prompts = adapter.generate_with_cache(encoded, Generation(max_new_tokens=5))
+    shared, asked = adapter.generate_with_cache([encoded[0]] * 4, Generation(max_new_tokens=5))
+    bare = [replace(p, cache=None if p.cache is None else replace(p.cache, embeds=None)) for p in prompts]
+    ways = [
+        *((batch, adapter.trace_batch(batch, answers, ["hidden"]), expected) for batch in (encoded, bare)),
+        (prompts, adapter.trace_batch(prompts, generated, ["hidden"]), expected),
+        (asked, adapter.trace_batch(asked, shared, ["hidden"]), expected[:1] * 4),
+        (encoded, adapter.trace_batch(encoded, answers, ["hidden", "relevancy"]), expected),
+    ]
+    for batch, traces, embeds in ways:
+        for prompt, trace, own in zip(batch, traces, embeds, strict=True):
+            assert len(own) == len(prompt.spans.image)
+            assert trace.image_embeds.dtype == torch.float32
+            close(trace.image_embeds, own, 1e-5 * own.abs().max())  # SDPA and eager round differently
+    cached = [prompt.cache for prompt in (*prompts, *asked) if prompt.cache is not None]
+    assert all(cache.embeds is not None for cache in cached)
+    assert adapter.trace(encoded[0], answers[0], ["attention", "lens"]).image_embeds is None
 
 
 def test_every_feature_has_a_finite_value_for_every_token(adapter, encoded, traces):

@@ -24,8 +24,17 @@ from stethoscope.tasks.chair import Chair
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Make a run directory with a detector that warns of every mention."""
-    folder = tmp_path_factory.mktemp("trained")
-    features = FeatureSet(groups=["uncertainty", "position"], names=["attended_embedding"])
+    return run_with_detector(tmp_path_factory.mktemp("trained"), "attended_embedding")
+
+
+@pytest.fixture(scope="module")
+def without_backward_pass(tmp_path_factory):
+    """Make the same with hidden states."""
+    return run_with_detector(tmp_path_factory.mktemp("states"), "hidden_last_q")
+
+
+def run_with_detector(folder, name):
+    features = FeatureSet(groups=["uncertainty", "position"], names=[name])
     Evaluator(features=features, run_dir=folder, batch_size=24).run(package.load("testbed"), Chair(scenes=24))
     detector = package.Detector(C=0.1).fit(RunStore(folder).tokens("chair"))
     detector.threshold = 0.0
@@ -52,10 +61,12 @@ def test_without_anything_it_looks_at_a_rendered_scene(stethoscope, tmp_path):
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
-def test_the_objects_in_the_picture_count_in_runs_diagnoses_and_streams_alike(trained):
-    detector, adapter = package.Detector.load(trained / "detector"), package.load("testbed")
+@pytest.mark.parametrize("run", ["trained", "without_backward_pass"])
+def test_the_objects_in_the_picture_count_in_runs_diagnoses_and_streams_alike(run, request):
+    folder = request.getfixturevalue(run)
+    detector, adapter = package.Detector.load(folder / "detector"), package.load("testbed")
     assert "image_objects" in detector.inputs.explained_columns
-    store = RunStore(trained)
+    store = RunStore(folder)
     rows = detector.select_mentions(store.tokens("chair"))
     rows = rows[rows["sample_id"] == rows["sample_id"].iloc[0]]
     scene, question = testbed.scenes(1)[0].image(), next(store.records("chair")).question

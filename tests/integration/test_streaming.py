@@ -19,7 +19,7 @@ from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import Final, MentionCompleted, Token, WarningStreamer, stream
 from stethoscope.streaming.events import MentionTracker
 from stethoscope.streaming.recorded_steps import STEP_REQUIREMENTS
-from stethoscope.streaming.scorer import FAST_FEATURES, FastFeatures
+from stethoscope.streaming.scorer import FAST_FEATURES, FastFeatures, smallest_delay
 from stethoscope.streaming.stream import _diagnose_mentions
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.extraction import as_extraction
@@ -54,7 +54,8 @@ def fast(adapter, tmp_path_factory):
 @pytest.fixture(scope="module")
 def every(adapter, tmp_path_factory):
     """A detector of everything that a step can give, also what the next step reads."""
-    return trained(adapter, tmp_path_factory.mktemp("every"), FeatureSet(groups=(), names=STEPWISE))
+    features = FeatureSet(groups=(), names=STEPWISE)
+    return trained(adapter, tmp_path_factory.mktemp("every"), features, visual_consistency=False)
 
 
 def any_word(text):
@@ -110,6 +111,18 @@ def test_the_delayed_mode_reads_consuming_rows_too(adapter, images, every, lengt
         assert last.answer.token_ids == answer.token_ids == tuple(token.id for token in tokens)
         assert last.answer.finished == answer.finished
         assert np.allclose([token.probability for token in tokens], expected, rtol=0, atol=1e-4)
+
+
+def test_a_detector_that_reads_image_tokens_judges_finished_answers_only(adapter, images, tmp_path):
+    states = trained(adapter, tmp_path, FeatureSet(groups=["uncertainty", "hidden"]))
+    assert states.inputs.imaged
+    with pytest.raises(CapabilityError, match=r"image tokens.*visual_consistency=false.*final="):
+        stream(adapter, images[0], QUESTION, detector=states, delay=1)
+    assert smallest_delay(states) is None
+    *_, last = stream(adapter, images[0], QUESTION, final=states)
+    whole = stethoscope.diagnose(adapter, images[0], QUESTION, detector=states).mentions
+    judged = [[named.verdict.probability for named in mentions] for mentions in (last.mentions, whole)]
+    assert judged[0] == pytest.approx(judged[1], abs=1e-4)
 
 
 def test_every_feature_of_a_step_is_that_of_the_trace(adapter, images, every):

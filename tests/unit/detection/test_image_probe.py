@@ -106,6 +106,23 @@ def test_a_detector_that_looks_at_the_picture_tells_more(seeing):
     assert np.isfinite(seeing.explain(TEST).probability).all()
 
 
+def test_tokens_are_read_beside_hidden_states_too():
+    def renamed(table):
+        return table.rename(columns={"attended_embedding_d0000": "hidden_last_q_d0000"})
+
+    train, calibration, test = map(renamed, (TRAIN, CALIBRATION, TEST))
+    seeing = Detector(C=0.1).fit(train, calibration)
+    blind = Detector(C=0.1, visual_consistency=False).fit(train, calibration)
+    assert seeing.inputs.imaged
+    assert not blind.inputs.imaged
+    assert area(seeing, test) > area(blind, test) + 0.05
+    without = Detector(C=0.1).fit(*(fold.drop(columns="image_tokens") for fold in (train, calibration)))
+    assert np.array_equal(without.predict(test), blind.predict(test))
+    assert (without.inputs.objects, without.inputs.imaged) == ((), False)
+    plain = Detector(C=0.1, exclude=["hidden_*"]).fit(train, calibration)
+    assert not plain.inputs.imaged
+
+
 def test_mentions_of_a_picture_are_scored_by_a_probe_without_it(seeing):
     scores = seeing.matrix(mention_rows(TRAIN))[:, len(seeing.inputs.plain) :][:, 0]
     other = TRAIN.assign(label=np.where(TRAIN["group"] == "image-0", 1 - TRAIN["label"], TRAIN["label"]))
@@ -165,6 +182,16 @@ def test_shuffled_labels_know_nothing(seeing):
     }
     areas = [classification.auroc(LABELS, predicted) for predicted in shuffled_predictions(table, seeing, folds, 0)]
     assert abs(np.mean(areas) - 0.5) < 0.15
+
+
+def test_it_is_saved_beside_hidden_states(tmp_path):
+    states = {"attended_embedding_d0000": "hidden_last_q_d0000"}
+    detector = Detector(C=0.1).fit(TRAIN.rename(columns=states), CALIBRATION.rename(columns=states))
+    detector.save(tmp_path)
+    test = TEST.rename(columns=states)
+    assert np.array_equal(Detector.load(tmp_path).predict(test), detector.predict(test))
+    with pytest.raises(DataError, match="no image tokens"):
+        detector.predict(test.drop(columns="image_tokens"))
 
 
 def test_it_is_saved_as_checked_arrays(seeing, tmp_path):
