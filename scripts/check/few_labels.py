@@ -37,7 +37,7 @@ SELECTION = {"subtokens": "first", "repeats": "first"}
 def main() -> None:
     """Print a line for every number of labelled pictures and every detector."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run with hidden states and verification, of more than 2,000 pictures")
+    parser.add_argument("run", help="of features=default_verified or more, with more than 2,000 pictures")
     parser.add_argument("--draws", type=int, default=3, help="of the labelled pictures")
     parser.add_argument("--split", type=int, help="judge on the test images of this split seed, as `train` does")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="of labelled pictures")
@@ -77,7 +77,8 @@ def fitted(learn: pd.DataFrame, labelled: np.ndarray, test: pd.DataFrame, method
         split = split_groups(own["group"].to_numpy(dtype=str), {"train": 0.7, "calibration": 0.3})
         folds = {**{name: own[mask] for name, mask in split.items()}, "test": test}
         try:
-            scores |= {name: score_published(methods[name], folds, SELECTION).values for name in RIVALS}
+            rivals = [name for name in RIVALS if name in methods]
+            scores |= {name: score_published(methods[name], folds, SELECTION).values for name in rivals}
             others = pd.concat([folds["train"], rows[~labelled]], ignore_index=True)
             for name, train in {"labelled alone": folds["train"], "and the rest": others}.items():
                 detector = Detector(features=columns, exclude=["verify_*"]).fit(train, folds["calibration"])

@@ -72,6 +72,12 @@ def test_no_two_modules_have_one_name():
     assert {name for name, count in counts.items() if count > 1} <= SEVERAL
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """Pytest imports them by name, and refuses the second."""
+    counts = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
 FIRST_LINE = """
 import sys
 
