@@ -237,11 +237,38 @@ def backward(
         share: (rows, outputs) weights of the cross-entropies, 0 where a probability is not known.
         slopes: arrays of the shapes of ``parts``, to which the derivatives are written.
     """
+    units = hidden_units(parts, rows, kept)
+    error = (expit(units @ parts[2] + parts[3]) - wanted) * share / np.float32(len(rows))
+    propagate(parts, rows, kept, units, error, slopes)
+
+
+def hidden_units(parts: Sequence[np.ndarray], rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Compute the rectified units of a batch after dropout, (rows, units); arguments as in ``backward``."""
     units = rows @ parts[0]
     units += parts[1]
     np.maximum(units, 0, out=units)
     units *= kept
-    error = (expit(units @ parts[2] + parts[3]) - wanted) * share / np.float32(len(rows))
+    return units
+
+
+def propagate(
+    parts: Sequence[np.ndarray],
+    rows: np.ndarray,
+    kept: np.ndarray,
+    units: np.ndarray,
+    error: np.ndarray,
+    slopes: Sequence[np.ndarray],
+) -> None:
+    """Write the derivatives of all weights and biases, given (rows, outputs) those of the outputs.
+
+    Args:
+        parts: weights and biases, as in ``backward``.
+        rows: (rows, columns) inputs after dropout.
+        kept: (rows, units) factors of dropout.
+        units: of ``hidden_units``.
+        error: (rows, outputs) derivatives of the loss by the outputs.
+        slopes: arrays to which the derivatives are written.
+    """
     back = error @ parts[2].T
     back *= kept
     back *= units > 0

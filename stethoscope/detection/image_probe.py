@@ -22,7 +22,7 @@ from stethoscope.core.errors import DataError
 from stethoscope.core.token_table import IMAGE_TOKENS, object_index, unpack_vectors
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.estimators import inner_folds
-from stethoscope.detection.hidden_probe import TEACHER, UNITS, AdamW, Masks, initial_weights
+from stethoscope.detection.hidden_probe import TEACHER, UNITS, AdamW, Masks, hidden_units, initial_weights, propagate
 from stethoscope.detection.recalibration import reply_boundary
 
 COLUMN = "image_objects"
@@ -175,10 +175,7 @@ def backward(
     """
     count, tokens = rows.shape[:2]
     rows, kept = rows.reshape(-1, rows.shape[-1]), kept.reshape(-1, kept.shape[-1])
-    units = rows @ parts[0]
-    units += parts[1]
-    np.maximum(units, 0, out=units)
-    units *= kept
+    units = hidden_units(parts, rows, kept)
     scores = (units @ parts[2] + parts[3]).reshape(count, tokens, -1)
     largest = scores.max(1, keepdims=True)
     scores -= largest
@@ -187,14 +184,7 @@ def backward(
     error = expit(largest[:, 0] + np.log(total / np.float32(tokens))) - wanted
     error *= known / np.float32(max(known.sum(), 1))
     scores *= (error / total)[:, None]
-    back = scores.reshape(len(rows), -1)
-    np.matmul(units.T, back, out=slopes[2])
-    np.sum(back, axis=0, out=slopes[3])
-    inner = back @ parts[2].T
-    inner *= kept
-    inner *= units > 0
-    np.matmul(rows.T, inner, out=slopes[0])
-    np.sum(inner, axis=0, out=slopes[1])
+    propagate(parts, rows, kept, units, scores.reshape(len(rows), -1), slopes)
 
 
 def fit_image_probe(

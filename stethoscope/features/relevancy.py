@@ -243,8 +243,10 @@ def image_tokens(trace: Trace, columns: Iterable[str]) -> str:
     embeds = trace.image_embeds
     if embeds is None and trace.relevancy is not None:
         embeds = trace.relevancy.image_embeds
+    if embeds is None or not len(embeds):
+        return ""
     prefixes = tuple(f"{name}_d" for name, item in FEATURES.items() if item.group in TOKEN_GROUPS)
-    if embeds is None or not len(embeds) or not any(name.startswith(prefixes) for name in columns):
+    if not any(name.startswith(prefixes) for name in columns):
         return ""
     return pack_vectors(_projected(embeds.float().numpy(), TOKEN_DIMENSIONS))
 
