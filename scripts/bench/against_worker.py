@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-SETS = ("fast", "default", "full")
+SETS = ("fast", "default", "default_relevancy", "full")
 """Named sets of features."""
 OLDER_FULL = (
     "uncertainty", "logits", "position", "attention", "lens", "trajectory", "heads", "lookback", "maps", "sinks",
@@ -179,7 +179,7 @@ class Worker:
 
     def features(self, batch: int, way: str, scenes: int = 24) -> Times:
         """Time a run over descriptions with a set of features, or with ``none``."""
-        chosen = None if way == "none" else importlib.import_module("stethoscope.features").named_set(way)
+        chosen = None if way == "none" else self.named_set(way)
         task = self.captions(scenes)
         return {way: timed(lambda: self.run(task, features=chosen, batch_size=batch))}
 
@@ -203,6 +203,11 @@ class Worker:
                 if number:  # the first picture warms up
                     times[name] = [sum(pair) for pair in zip(times[name], seconds, strict=True)]
         return times
+
+    def named_set(self, name: str) -> Any:
+        """Build a named set; `default` was the one with relevancy before version 0.2."""
+        older = self.older and name == "default_relevancy"
+        return importlib.import_module("stethoscope.features").named_set("default" if older else name)
 
     def set_of(self, *groups: str) -> Any:
         """Build a set of feature groups."""
@@ -258,8 +263,7 @@ class Worker:
 
     def rss(self, features: str, scenes: int = 48) -> dict[str, float]:
         """Measure the MiB at the peak of a process that runs descriptions with features, in batches of 8."""
-        chosen = importlib.import_module("stethoscope.features").named_set(features)
-        self.run(self.captions(scenes), features=chosen, batch_size=8)
+        self.run(self.captions(scenes), features=self.named_set(features), batch_size=8)
         return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
     def same(self, scenes: int = 200) -> dict[str, str]:

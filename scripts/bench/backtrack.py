@@ -3,7 +3,7 @@
     python scripts/bench/backtrack.py --scenes 200 --seed 7 --thresholds 0.65
 
 Both ways alternate scene by scene, one answer at a time, so that other work on the machine falls on both. The detector
-is a logistic regression on ``features=forward`` that reads no image tokens, so that it judges while the model writes,
+is a logistic regression on ``features=default`` that reads no image tokens, so that it judges while the model writes,
 trained here on --train captions of other scenes; --detector names another one instead. Differences are paired over
 scenes, with 95 % intervals of the bootstrap.
 """

@@ -35,7 +35,7 @@ from stethoscope.tasks.chair import Chair
 from stethoscope.tracing.trace import Encoded
 
 PLAIN = "generation"
-LIMITS = {"fast": 0.10, "forward": None, "default": 0.60, "full": 1.40}
+LIMITS = {"fast": 0.10, "default": 0.60, "default_relevancy": None, "full": 1.40}
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ every object, their log-sum-exp says whether it is there. What it cannot tell, t
 tell: objects too faint, or too much like others.
 
 For every split seed all are fitted and judged on the same images: the probe, our detector with the sets of features
-``forward`` (one pass) and ``default`` (and a backward pass), and the published detectors that need one pass. The best
-of these is chosen on the test images, in its own favour. A last row judges ours on objects that it was never shown.
+``default`` (one pass) and ``default_relevancy`` (and a backward pass), and the published detectors that need one pass.
+The best of these is chosen on the test images, in its own favour. A last row judges ours on objects that it was never
+shown.
 
     python scripts/check/ceiling.py runs/detectors --unlabelled runs/more runs/most   # default_verified, other pictures
 
@@ -41,7 +42,7 @@ from stethoscope.metrics.bootstrap import Resamples, group_weights, split_folds
 from stethoscope.storage.run_dir import RunStore
 
 SEED = 777  # of the pictures; those that models are judged on have another
-SETS = ("forward", "default")
+SETS = ("default", "default_relevancy")
 UNLABELLED = "default with unlabelled pictures"
 SHOWN = ("auroc", "auroc_controlled")
 HELD_OUT = 4  # parts of the objects, each of which is left out once
@@ -125,7 +126,7 @@ def gap(figures: Mapping[tuple[str, str], np.ndarray], own: str, rival: str, met
     """Describe the gain over a rival and its share of the gap to the ceiling, with intervals over images."""
     gain = figures[own, metric] - figures[rival, metric]
     share = gain / (figures["ceiling", metric] - figures[rival, metric])
-    return f"{metric} +{drawn.interval(gain)}, share of the gap to the ceiling {drawn.interval(share)}"
+    return f"gain in {metric} {drawn.interval(gain)}, share of the gap to the ceiling {drawn.interval(share)}"
 
 
 def unseen_objects(folds: Mapping[str, pd.DataFrame], columns: tuple[str, ...], seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@
     python scripts/check/held_out.py runs/learn runs/seed7 runs/seed8
 
 The first run is split into images to learn from (70 %) and to calibrate on; every mention of the others is judged. The
-rows are ours with the sets of features ``default`` (a backward pass) and ``forward`` (one pass), the published
+rows are ours with the sets of features ``default`` (one pass) and ``default_relevancy`` (a backward pass), the published
 detectors that need one pass, the model's own verification, and the baselines that read the text alone.
 """
 
@@ -69,7 +69,7 @@ def scores_of(folds: dict[str, pd.DataFrame]) -> dict[str, tuple[np.ndarray, boo
     train, calibration, test = (folds[name] for name in ("train", "calibration", "test"))
     columns: Sequence[str] = feature_names(train)
     scores = {}
-    for name in ("default", "forward"):
+    for name in ("default", "default_relevancy"):
         detector = Detector(features=columns_of(named_set(name), columns)).fit(train, calibration)
         scores[f"ours, {name}"] = detector.predict(test), True
     for method in available_methods(train):

@@ -202,7 +202,7 @@ def feature(
     return register
 
 
-DEFAULT_GROUPS = ("uncertainty", "position", "attention", "lens", "hidden", "visual_evidence")
+DEFAULT_GROUPS = ("uncertainty", "position", "attention", "lens", "hidden")
 """Groups that every family of models supports, used where none is chosen: those of ``features=default``."""
 
 

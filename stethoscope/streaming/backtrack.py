@@ -99,7 +99,7 @@ class Backtrack(DetectorMitigation):
         if late:
             raise CapabilityError(
                 f"mitigation={self.name}: the detector reads {', '.join(late)}, for which a finished answer is asked "
-                "about; train with detector.exclude, or with features=forward"
+                "about; train with detector.exclude, or with features=default"
             )
         return detector
 

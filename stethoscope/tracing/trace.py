@@ -49,7 +49,7 @@ FORWARD_REQUIREMENTS = ("attention", "lens", "hidden", "blank")
 """Parts of a trace beyond the logits that cost forward passes at most: attention rows, the logit lens and hidden states
 of the answer's rows cost none beside the traced one, the blank image costs one."""
 REQUIREMENTS = (*FORWARD_REQUIREMENTS, "relevancy")
-"""Parts that every family supports, for ``features=default``; relevancy costs a forward and a backward pass."""
+"""Parts that every family supports; relevancy costs a forward and a backward pass."""
 EXTRA_REQUIREMENTS = (
     "heads", "trajectory", "noise", "no_image", "core", "states", "image_lens", "layer_entropy", "evidence", "peaks",
     "own", "layer_states", "no_image_states", "continuation",

@@ -208,7 +208,7 @@ def test_all_published_detectors_on_one_leader_board(tmp_path, stethoscope):
     kinds = {row["name"]: row["kind"] for row in board["rows"]}
     papers = {name for name in choices("features") if name.startswith("paper/")}
     assert {name for name, kind in kinds.items() if kind == "published"} == papers
-    assert {"detector", "forward", "one_pass", "full", "full_verified"} == {
+    assert {"detector", "default_relevancy", "one_pass", "full", "full_verified"} == {
         n for n, kind in kinds.items() if kind == "detector"
     }
     assert re.search(r"one more question per mention \([\w, ]*questions", " ".join(out.split()))

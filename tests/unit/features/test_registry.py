@@ -26,8 +26,8 @@ def test_every_set_can_be_made(name):
 
 def test_costs_of_the_sets():
     assert chosen("fast").cost == "same forward pass"
-    assert chosen("forward").cost == "same forward pass"
-    assert chosen("default").cost == chosen("full").cost == "a backward pass"
+    assert chosen("default").cost == "same forward pass"
+    assert chosen("default_relevancy").cost == chosen("full").cost == "a backward pass"
     assert chosen("one_pass").cost == "same forward pass"
     assert chosen("full_verified").cost == "one more question per mention"
     assert chosen("everything").cost == "5 more answers"
