@@ -8,8 +8,8 @@
     python scripts/check/held_out.py runs/learn runs/seed7 runs/seed8
 
 The first run is split into images to learn from (70 %) and to calibrate on; every mention of the others is judged. The
-rows are ours with the sets of features ``default`` (one pass) and ``default_relevancy`` (a backward pass), the published
-detectors that need one pass, the model's own verification, and the baselines that read the text alone.
+rows are ours with the sets of features ``default`` (one pass) and ``default_relevancy`` (a backward pass), the
+published detectors that need one pass, the model's own verification, and the baselines that read the text alone.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from stethoscope.tasks.pope import Pope
 from stethoscope.testbed import DETECTOR_DIR
 
 SCENES = 6
-FEATURES = FeatureSet(names=["relevancy_image"])
+FEATURES = FeatureSet(names=["relevancy_image"], sets=["default_relevancy"])
 
 
 @pytest.fixture(scope="module")
