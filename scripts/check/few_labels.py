@@ -1,7 +1,7 @@
-"""Draw the learning curve of detectors against the number of labelled pictures, on fresh mentions of one run.
+"""Draw the learning curve of detectors against the number of labelled pictures, on fresh mentions of runs.
 
     stethoscope evaluate task=chair task.scenes=5000 name=many logger=none
-    stethoscope extract run=runs/many features=everything
+    stethoscope extract run=runs/many features=[default_verified,paper/haloprobe]
     python scripts/check/few_labels.py runs/many
     python scripts/check/few_labels.py runs/detectors --split 0 --counts 0 200 --draws 2   # the leader board's pictures
 
@@ -37,12 +37,14 @@ SELECTION = {"subtokens": "first", "repeats": "first"}
 def main() -> None:
     """Print a line for every number of labelled pictures and every detector."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="of features=default_verified or more, with more than 2,000 pictures")
+    parser.add_argument("runs", nargs="+", help="of features=default_verified or more, with more than 2,000 pictures")
     parser.add_argument("--draws", type=int, default=3, help="of the labelled pictures")
     parser.add_argument("--split", type=int, help="judge on the test images of this split seed, as `train` does")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="of labelled pictures")
+    parser.add_argument("--few-alone", action="store_true", help="fit nothing but ours with labels=few and none")
     options = parser.parse_args()
-    table = Detector().select_mentions(RunStore(options.run).tokens("chair"))
+    tables = [Detector().select_mentions(RunStore(run).tokens("chair")) for run in options.runs]
+    table = pd.concat(tables, ignore_index=True, join="inner")
     if options.split is None:
         pictures = np.random.default_rng(0).permutation(sorted(set(table["group"])))
         test_rows, pictures = table["group"].isin(pictures[:HELD_OUT]).to_numpy(), pictures[HELD_OUT:]
@@ -59,20 +61,20 @@ def main() -> None:
         for draw in range(options.draws if count else 1):
             known = np.random.default_rng(draw).permutation(pictures)[:count]
             labelled = learn["group"].isin(known).to_numpy()
-            for name, scores in fitted(learn, labelled, test, methods).items():
+            for name, scores in fitted(learn, labelled, test, {} if options.few_alone else methods).items():
                 measured.setdefault(name, []).append(figures(test, scores))
         for name, values in measured.items():
             print(describe(f"{count:5} {name}", values), flush=True)
 
 
 def fitted(learn: pd.DataFrame, labelled: np.ndarray, test: pd.DataFrame, methods: dict) -> dict[str, np.ndarray]:
-    """Fit ours, and the published detectors where the labels are enough; returns (rows,) scores by name."""
+    """Fit ours, and beside published methods, if any and the labels are enough, these too; returns (rows,) by name."""
     columns = columns_of(named_set("default_verified"), feature_names(learn))
     kind = "few" if labelled.any() else "none"
     rows = learn.assign(label=np.where(labelled, learn["label"], -1))
     mine = Detector(features=columns, exclude=["verify_*"], labels=kind)
     scores = {f"ours, labels={kind}": mine.fit(rows).predict(test)}
-    if labelled.any():
+    if methods and labelled.any():
         own = learn[labelled].reset_index(drop=True)
         split = split_groups(own["group"].to_numpy(dtype=str), {"train": 0.7, "calibration": 0.3})
         folds = {**{name: own[mask] for name, mask in split.items()}, "test": test}
