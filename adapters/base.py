@@ -310,3 +310,7 @@ class Adapter(ABC):
         Values are those in effect, not those in files: the ``prompt`` as rendered, with ``{question}`` in it, and the
         weights as loaded.
         """
+
+    def weights_digest(self) -> str | None:
+        """Return the digest of the weights in ``fingerprint``, which a stream asks for before every answer."""
+        return self.fingerprint().get("weights")

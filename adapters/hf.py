@@ -404,22 +404,27 @@ class HfAdapter(Adapter):
         self.setup()
         return self._model, self._forward.extended(encoded, answer_ids)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """See ``Adapter.fingerprint``; it holds no path of this machine."""
-        import transformers
-
+    def weights_digest(self) -> str | None:
+        """See ``Adapter.weights_digest``."""
         folder = not self.random_init and loading.is_folder(self._source)
         changed = digests.versions(self.model) != self._loaded_versions  # in place, so they differ from the files
         if self._digest is None or changed:
             model_id = None if self.random_init or changed else self.model_id
             self._digest = digests.weights(self.model, model_id, folder and not changed)
+        return self._digest
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``Adapter.fingerprint``; it holds no path of this machine."""
+        import transformers
+
+        folder = not self.random_init and loading.is_folder(self._source)
         return {
             "adapter": f"{type(self).__module__}.{type(self).__qualname__}",
             "model_class": type(self.model).__name__,
             "model_id": model_name(self._source) if folder else self.model_id,
             "random_init": self.random_init,
             "revision": self.loading.revision,
-            "weights": self._digest,
+            "weights": self.weights_digest(),
             "processor": type(self.processor).__name__,
             "image_processor": type(self.processor.image_processor).__name__,
             "dtype": str(loading.head_dtype(self.model)).removeprefix("torch."),

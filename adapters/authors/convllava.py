@@ -148,11 +148,16 @@ class ConvLlavaAdapter(HfAdapter):
         side = round(processor.image_tokens**0.5)
         return ImageTokenEncoder(processor, self.prompt, ((side, side),), self.follow_up)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """See ``Adapter.fingerprint``; the digest is that of all files together."""
+    def weights_digest(self) -> str | None:
+        """See ``Adapter.weights_digest``; it is that of all files together."""
         self.setup()
         if self._digest is None and self.report is not None:
             self._digest = checkpoints.digest_files(self.report.files)
+        return super().weights_digest()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``Adapter.fingerprint``."""
+        self.setup()
         sizes = {"text": dict(self.text or {}), "vision": dict(self.vision or {}), "resolution": self.resolution}
         return super().fingerprint() | {"tower": self.tower and model_name(self.tower), **sizes}
 

@@ -197,11 +197,15 @@ class MiniGpt4Adapter(HfAdapter):
         grids = ((side, side // merged),) if self.version == "llama2" and side % merged == 0 else ()
         return ImageTokenEncoder(processor, self.prompt, grids, self.follow_up)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """See ``Adapter.fingerprint``; the digest is that of all files together."""
+    def weights_digest(self) -> str | None:
+        """See ``Adapter.weights_digest``; it is that of all files together."""
         if self._digest is None and not self.random_init:
             self.setup()
             self._digest = checkpoints.digest_files(self.report.files)
+        return super().weights_digest()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``Adapter.fingerprint``."""
         names = {key: value and model_name(value) for key, value in self.sources.items()}
         heads = {"vision_layers": self.vision_layers, "vision_heads": self.vision_heads}
         heads |= {"qformer_heads": self.qformer_heads} if self.version == "vicuna" else {}

@@ -123,11 +123,16 @@ class MplugOwl2Adapter(HfAdapter):
     def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
         return ImageTokenEncoder(processor, self.prompt, follow_up=self.follow_up)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """See ``Adapter.fingerprint``; the digest is that of all files together."""
+    def weights_digest(self) -> str | None:
+        """See ``Adapter.weights_digest``; it is that of all files together."""
         self.setup()
         if self._digest is None and self.report is not None:
             self._digest = checkpoints.digest_files(self.report.files)
+        return super().weights_digest()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``Adapter.fingerprint``."""
+        self.setup()
         sizes = {"text": self.text, "vision": self.vision, "abstractor": self.abstractor}
         return super().fingerprint() | {name: dict(chosen or {}) for name, chosen in sizes.items()}
 

@@ -146,9 +146,14 @@ def pack_vectors(vectors: np.ndarray) -> str:
     >>> unpack_vectors(pack_vectors(np.array([[0.5, -2.0]]))).tolist()
     [[0.5, -2.0]]
     """
-    limit = float(np.finfo(np.float16).max)
-    halves = np.clip(np.asarray(vectors, dtype=float), -limit, limit).astype("<f2")
+    halves = in_half_precision(vectors)
     return f"{halves.shape[1]} {base64.b64encode(halves.tobytes()).decode()}"
+
+
+def in_half_precision(vectors: np.ndarray) -> np.ndarray:
+    """Round numbers to half precision, as ``pack_vectors`` stores them; little-endian float16."""
+    limit = float(np.finfo(np.float16).max)
+    return np.clip(vectors, -limit, limit).astype("<f2")
 
 
 def unpack_vectors(text: str) -> np.ndarray:
@@ -214,6 +219,21 @@ def mention_rows(
     keys = pd.MultiIndex.from_frame(rows[["task", "sample_id", "mention_index"]])
     rows[names] = whole.loc[keys].to_numpy(dtype=np.float32)
     return rows
+
+
+def reduce_subtokens(rows: np.ndarray, names: Sequence[str], subtokens: Subtokens) -> np.ndarray:
+    """Reduce the features of a mention's sub-tokens to one row, (1, features), as ``mention_rows`` does.
+
+    Args:
+        rows: (sub-tokens, features) without missing values.
+        names: of the features.
+        subtokens: see ``mention_rows``; with ``all``, as with ``first``, the first one's.
+    """
+    if len(rows) == 1 or subtokens in ("first", "all"):
+        return rows[:1]
+    states = np.array([_DIMENSION.search(name) is not None for name in names])
+    reduced = {"mean": np.mean, "max": np.max, "min": np.min}[subtokens](rows, 0)
+    return np.where(states, rows.mean(0), reduced)[None]
 
 
 def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:

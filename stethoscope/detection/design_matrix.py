@@ -121,38 +121,61 @@ class Inputs:
         Raises:
             DataError: a column is missing, or a value is infinite.
         """
-        parts, evidence = [feature_matrix(table, self.plain)], self.evidence_columns
         if self.needs_objects:
             require(table, ("object",))
-        if self.imaged:
-            parts.append((np.zeros(len(table)) if image_scores is None else image_scores)[:, None])
-        if self.factored:
-            parts.append(external_columns(table, self.objects))
-        elif self.named:
-            parts.append(table["object"].to_numpy(dtype=str)[:, None] == np.array(self.objects, dtype=str))
-        if self.hidden:
-            teacher = table[TEACHER].to_numpy(dtype=float) if TEACHER in table else np.full(len(table), np.nan)
-            parts += [feature_matrix(table, self.hidden), teacher[:, None]]
-        if evidence:
-            parts += [feature_matrix(table, evidence), object_index(table, self.objects)[:, None]]
-        return np.hstack(parts)
+        named = object_index(table, self.objects) if self.needs_objects else None
+        places = external_columns(table, self.objects)[:, :-1] if self.factored else None
+        teacher = table[TEACHER].to_numpy(dtype=float) if self.hidden and TEACHER in table else None
+        return self.arrange(feature_matrix(table, self.features), named, image_scores, places, teacher)
 
-    def arrange(self, values: np.ndarray) -> np.ndarray:
-        """Arrange values without a table as ``matrix`` does: for detectors with ``needs_objects`` false.
+    def arrange(
+        self,
+        values: np.ndarray,
+        named: np.ndarray | None = None,
+        image_scores: np.ndarray | None = None,
+        places: np.ndarray | None = None,
+        teacher: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Arrange values as ``matrix`` does, which need not come from a table.
 
         Args:
             values: (rows, features) in the order of ``features``.
+            named: (rows,) index in ``objects`` of the named object, -1 for any other, with ``needs_objects``.
+            image_scores: as for ``matrix``.
+            places: (rows, 3) columns of ``EXTERNAL`` but for the object, with ``factored``.
+            teacher: (rows,) replies of the model, which training alone reads; None for none.
         """
-        if not self.hidden:
+        if not (self.hidden or self.needs_objects):
             return values
-        untaught = np.full((len(values), 1), np.nan)
-        return np.hstack([values[:, self._order[0]], values[:, self._order[1]], untaught])
+        plain, hidden, evidence = self._order
+        objects = np.full(len(values), -1) if named is None else named
+        parts = [values[:, plain]]
+        if self.imaged:
+            parts.append((np.zeros(len(values)) if image_scores is None else image_scores)[:, None])
+        if self.factored:
+            parts += [np.zeros((len(values), len(EXTERNAL) - 1)) if places is None else places, objects[:, None]]
+        elif self.named:
+            parts.append(objects[:, None] == np.arange(len(self.objects)))
+        if self.hidden:
+            parts += [values[:, hidden], (np.full(len(values), np.nan) if teacher is None else teacher)[:, None]]
+        if self.evidence_columns:
+            parts += [values[:, evidence], objects[:, None]]
+        return np.hstack(parts)
 
     @cached_property
-    def _order(self) -> tuple[list[int], list[int]]:
-        """Return where plain and hidden columns stand among ``features``."""
+    def _order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return where plain, hidden and evidence columns stand among ``features``."""
         index = {name: position for position, name in enumerate(self.features)}
-        return [index[name] for name in self.plain], [index[name] for name in self.hidden]
+        plain, hidden, evidence = (
+            np.array([index[name] for name in names], dtype=int)
+            for names in (self.plain, self.hidden, self.evidence_columns)
+        )
+        return plain, hidden, evidence
+
+    @cached_property
+    def index_of(self) -> dict[str, int]:
+        """Index of every object in ``objects``."""
+        return {name: index for index, name in enumerate(self.objects)}
 
     def classifier(
         self,

@@ -341,16 +341,40 @@ class Detector:
         """
         return self.model.predict(self.matrix(table))
 
-    def predict_rows(self, rows: np.ndarray) -> np.ndarray:
+    def predict_rows(
+        self,
+        rows: np.ndarray,
+        names: Sequence[str] = (),
+        places: np.ndarray | None = None,
+        absence: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return the probabilities of rows without a table, (rows,) in [0, 1], as a stream makes them.
 
         Args:
-            rows: (rows, features) in the order of ``features``, of a detector whose ``inputs`` need no objects.
+            rows: (rows, features) in the order of ``features``.
+            names: of the objects that the rows name, where ``inputs`` need them.
+            places: (rows, 3) index of the token in the answer, mentions and mentions of the same object before.
+            absence: (objects,) of ``absent_objects``, of the picture of all rows; None without image tokens.
 
         Raises:
             ArtefactError: the detector was not fitted.
         """
-        return self.model.predict(self._inputs.arrange(rows))
+        if not self._inputs.needs_objects:
+            return self.model.predict(self._inputs.arrange(rows))
+        named = np.array([self._inputs.index_of.get(name, -1) for name in names])
+        scores = None if absence is None else np.where(named < 0, np.nan, absence[named])
+        return self.model.predict(self._inputs.arrange(rows, named, scores, places))
+
+    def absent_objects(self, tokens: np.ndarray) -> np.ndarray | None:
+        """Score for every object of ``inputs`` that a picture lacks it, (objects,) log-odds; None if it reads no token.
+
+        Args:
+            tokens: (N, D) image tokens, as a token table has them.
+
+        Raises:
+            DataError: the tokens have another number of dimensions than those of training.
+        """
+        return None if self._image_probe is None else -self._image_probe.transform([tokens])[0]
 
     def explain(self, table: pd.DataFrame) -> Explanation:
         """Split each row's log-odds into evidence, prior and, for ``logistic``, contributions of features.

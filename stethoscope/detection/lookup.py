@@ -129,7 +129,8 @@ def check_model(detector: Detector, adapter: Adapter) -> None:
         ConfigError: the detector reads states of another model, which mean nothing in this one.
     """
     if states_of(detector.features):
-        check_same_model(detector.features, detector.notes.get("model") or {}, adapter.fingerprint(), adapter.name)
+        target = {"weights": adapter.weights_digest()}
+        check_same_model(detector.features, detector.notes.get("model") or {}, target, adapter.name)
 
 
 def describe_origin(folder: Path) -> str:

@@ -117,7 +117,8 @@ def check_same_model(names: Sequence[str], source: Mapping[str, Any], target: Ma
     Args:
         names: of the columns.
         source: fingerprint of the model that they were learned from, see ``Adapter.fingerprint``.
-        target: fingerprint of the other model. Nothing is checked where one of the two has no ``weights``.
+        target: fingerprint of the other model, at least its ``weights``; nothing is checked where one of the two has
+            none.
         label: name of the other model in messages.
 
     Raises:

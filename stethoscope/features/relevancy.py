@@ -246,9 +246,12 @@ def image_tokens(trace: Trace, columns: Iterable[str]) -> str:
     if embeds is None or not len(embeds):
         return ""
     prefixes = tuple(f"{name}_d" for name, item in FEATURES.items() if item.group in TOKEN_GROUPS)
-    if not any(name.startswith(prefixes) for name in columns):
-        return ""
-    return pack_vectors(_projected(embeds.float().numpy(), TOKEN_DIMENSIONS))
+    return pack_vectors(project_image_tokens(embeds)) if any(name.startswith(prefixes) for name in columns) else ""
+
+
+def project_image_tokens(embeds: Tensor) -> np.ndarray:
+    """Project (N, D) image tokens to ``TOKEN_DIMENSIONS`` where they have more, (N, d) float32."""
+    return _projected(embeds.float().cpu().numpy(), TOKEN_DIMENSIONS)
 
 
 def _projected(vectors: np.ndarray, most: int) -> np.ndarray:

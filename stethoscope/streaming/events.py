@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis.answer_verdicts import DiagnosedMention
@@ -31,7 +31,8 @@ class Token:
         logprob: natural log of its probability under the model's own distribution.
         probability: score of the detector, in [0, 1], higher means hallucinated, where the name of an object can begin,
             which is what detectors learn from. None elsewhere, and without a detector. Where only the next token tells
-            whether a name begins (" a" of " airplane"), ``MentionCompleted`` alone has it; that is the warning, too.
+            whether a name begins (" a" of " airplane"), or where the detector needs the name of the object,
+            ``MentionCompleted`` alone has it; that is the warning, too.
     """
 
     index: int
@@ -52,7 +53,8 @@ class MentionCompleted:
         start: first character of the name in the answer.
         end: last character + 1.
         tokens: indices of the tokens that name the object.
-        probability: that it is hallucinated, in [0, 1]; None without a detector. A detector that judges an object once
+        probability: that it is hallucinated, in [0, 1]; None without a detector, and for a last name of a cut answer
+            where nothing has read what the detector reads. A detector that judges an object once
             per answer gives later mentions the probability of the first.
         warned: whether the probability is at or above the detector's threshold.
     """
@@ -142,6 +144,26 @@ def is_complete(text: str, end: int) -> bool:
     return _WORD_FOLLOWS.match(text, end) is not None
 
 
+class MentionKeys(NamedTuple):
+    """What the key columns of a token table say of a mention.
+
+    Attributes:
+        object: canonical name.
+        tokens: indices of the tokens that belong to it, and to no mention before it.
+        mention_index: number of mentions before it in the answer.
+        repeat_index: number of mentions of the same object before it.
+    """
+
+    object: str
+    tokens: tuple[int, ...]
+    mention_index: int
+    repeat_index: int
+
+
+Judge = Callable[[MentionKeys], float | None]
+"""Computes the probability that a mention is hallucinated."""
+
+
 class MentionTracker:
     """Finds the mentions of a growing answer as their names become complete.
 
@@ -200,22 +222,24 @@ class MentionTracker:
         return due
 
     def add(
-        self, mention: TextMention, spans: Sequence[tuple[int, int]], probabilities: Sequence[float | None]
+        self, mention: TextMention, spans: Sequence[tuple[int, int]], judge: Judge = lambda keys: None
     ) -> MentionCompleted:
         """Add a mention with its probability.
 
         Args:
             mention: the next one of ``new``.
             spans: of the tokens so far.
-            probabilities: of the tokens, as far as they are known.
+            judge: computes its probability, unless an earlier mention decides.
         """
         name, start, end = mention
         covered = tuple(index for index, span in enumerate(spans) if span[0] < end and span[1] > start)
-        owned = {index for earlier in self.completed for index in earlier.tokens}
-        first = next((index for index in covered if index not in owned), None)
-        probability = probabilities[first] if first is not None and first < len(probabilities) else None
+        same = [earlier for earlier in self.completed if earlier.object == name]
         if self.knows(name):
-            probability = next(earlier.probability for earlier in self.completed if earlier.object == name)
+            probability = same[0].probability
+        else:
+            owned = {index for earlier in self.completed for index in earlier.tokens}
+            own = tuple(index for index in covered if index not in owned)
+            probability = judge(MentionKeys(name, own, len(self.completed), len(same)))
         warned = self._detector is not None and probability is not None and probability >= self._detector.threshold
         self.completed.append(MentionCompleted(name, start, end, covered, probability, warned))
         return self.completed[-1]

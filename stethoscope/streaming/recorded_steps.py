@@ -109,8 +109,14 @@ class RecordedSteps:
         encoder: whether the language model has an encoder, which reads the prompt.
         requires: parts of ``STEP_REQUIREMENTS``.
         rewinds: whether ``rewind`` will be called, for which all steps are kept.
+        imaged: whether the image tokens are recorded.
 
     Attributes:
+        spans: of the prompt.
+        encoder: as given.
+        imaged: as given.
+        image_embeds: (N, D) image tokens at the input of the language model; None before the first step, and where the
+            model does not show them.
         roles: of the attention modules that are recorded.
         keys: by name of the attention module.
         logits: (V,) of every step so far, unprocessed.
@@ -121,9 +127,16 @@ class RecordedSteps:
     """
 
     def __init__(
-        self, lens: Lens | None, spans: Spans, encoder: bool, requires: frozenset[str], rewinds: bool = False
+        self,
+        lens: Lens | None,
+        spans: Spans,
+        encoder: bool,
+        requires: frozenset[str],
+        rewinds: bool = False,
+        imaged: bool = False,
     ) -> None:
-        self._lens, self.spans, self._encoder = lens, spans, encoder
+        self._lens, self.spans, self.encoder, self.imaged = lens, spans, encoder, imaged
+        self.image_embeds: Tensor | None = None
         self.decodes = not requires.isdisjoint(RESIDUAL_REQUIREMENTS)
         self.attends, self._by_head = not requires.isdisjoint({"attention", "heads"}), "heads" in requires
         self.roles = ("language", "cross") if encoder else ("language",)
@@ -207,9 +220,18 @@ class RecordedSteps:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces[::-1])
 
     def next_batch(self, start: int, stop: int) -> list[Step]:
-        """Return the unread steps from ``start`` on, before ``stop``, that are deferred like the first."""
+        """Return the unread steps from ``start`` on, before ``stop``, that are deferred like the first.
+
+        None if the step of ``start`` has been read: by a trace of the token before it, which this step consumes.
+        """
         first = start - (len(self.logits) - len(self._waiting))
+        if first < 0:
+            return []
         return list(next(groupby(self._waiting[first : stop - start + first], _is_deferred))[1])
+
+    def unread(self, step: int) -> Step:
+        """Return a step that has not been read."""
+        return self._waiting[step - (len(self.logits) - len(self._waiting))]
 
     def discard(self, stop: int) -> None:
         """Release the unread steps before ``stop``."""
@@ -290,7 +312,7 @@ class RecordedSteps:
         return self._members[key][:length]
 
     def _kinds(self, role: str, length: int) -> Tensor:
-        if not self._encoder:
+        if not self.encoder:
             kinds = segments(self.spans, length)
         elif role == "cross":
             kinds = segments(self.spans, length)

@@ -7,24 +7,27 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError
+from stethoscope.core.token_table import IMAGE_TOKENS, in_half_precision, pack_vectors, reduce_subtokens
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis.answer_verdicts import feature_set
 from stethoscope.features import FEATURES
 from stethoscope.features.attention import middle
 from stethoscope.features.registry import column_names
+from stethoscope.features.relevancy import project_image_tokens
 from stethoscope.streaming.recorded_steps import STEP_REQUIREMENTS
 from stethoscope.tracing.trace import SEGMENTS
 
 if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
     from stethoscope.features import Feature
+    from stethoscope.streaming.events import MentionKeys
     from stethoscope.streaming.recorded_steps import RecordedSteps, Step
     from stethoscope.tracing.trace import Trace
 
@@ -41,10 +44,13 @@ _UNCERTAINTY = ("nll", "entropy", "max_prob", "margin")
 _MASS = tuple(f"attn_{segment}" for segment in SEGMENTS[:-1])  # no feature reads the rest
 _LENS = ("lens_rank", "lens_logprob")
 FAST_FEATURES = frozenset((*_UNCERTAINTY, *_MASS, "svar", "attn_entropy", *_LENS, *COUNTED))
-"""Features that ``FastFeatures`` computes."""
+"""Features that ``FastFeatures`` computes, and ``FAST_STATES``."""
+FAST_STATES = tuple(f"hidden_{layer}_{row}" for layer in ("middle", "last") for row in "qc")
+"""Hidden states of the row that predicts a token (q) and of the row that reads it (c), as ``Lens.probed`` has them."""
 _FIRST = len(_UNCERTAINTY) + len(COUNTED)  # columns, one for each
 _MAX_NUMBERS = 2**18  # numbers per array; beyond that torch is faster, because it has threads
 _GROW = 512
+_PENDING = 32  # steps after which tokens are read although no name is complete, so that few are kept
 
 
 class Scorer:
@@ -52,6 +58,9 @@ class Scorer:
 
     Only the tokens that are asked for cost anything. What their features need of all others is counted here or kept by
     the recorder: occurrences, and for ``HISTORY`` every step.
+
+    A detector that needs the name of the object, for instance because it looks for it among the image tokens, judges
+    whole mentions (``judge``) as soon as their names are complete, and no token.
 
     Args:
         detector: fitted; only the features that it reads are computed, not the whole table that it was fitted on.
@@ -61,6 +70,8 @@ class Scorer:
         requires: parts that the steps must record.
         lookahead: 1 if a token can be scored only after the next step has read it, else 0.
         batch_size: number of tokens that are scored at a time.
+        named: whether the detector needs the name of the object.
+        imaged: whether it reads the image tokens.
 
     Raises:
         CapabilityError: the detector reads features that are unknown at that time.
@@ -70,21 +81,24 @@ class Scorer:
         _check(detector, delay)
         features = feature_set(detector.features)
         self.requires = features.requires
+        self.named, self.imaged = detector.inputs.needs_objects, detector.inputs.imaged
         self.lookahead = int(any(name.endswith("_c") for name in features.names))
-        self.batch_size = delay + 1 - self.lookahead
+        self.batch_size = _PENDING if self.named else delay + 1 - self.lookahead
         self._own = [item for item in features.features if item.name not in (*HISTORY, *COUNTED)]
         self._history = [item for item in features.features if item.name in HISTORY]
         self._features, self._table = detector.features, detector.schema.names
-        self._predict = detector.predict_rows
+        self._detector, self._predict = detector, detector.predict_rows
+        self._image_tokens: np.ndarray | None = None  # of the picture
+        self._absence: np.ndarray | None = None  # what the detector makes of them
         self._fast: FastFeatures | None = None
-        self._simple = FAST_FEATURES.issuperset(features.names)
+        self._simple = FAST_FEATURES.union(FAST_STATES).issuperset(features.names)
         self._indices: list[int] = []  # of the detector's columns among those that are computed
         self._counted: list[tuple[int, float, int]] = []  # ``COUNTED`` of every token so far
         self._seen: dict[int, int] = {}  # occurrences by token
         self._rows: dict[int, np.ndarray] = {}  # by token, of those that were scored
 
     def score(self, steps: RecordedSteps, ids: Sequence[int], indices: Sequence[int]) -> np.ndarray:
-        """Compute the probabilities of some tokens, in [0, 1]; higher means hallucinated.
+        """Compute the probabilities of some tokens, in [0, 1]; higher means hallucinated; none with ``named``.
 
         Args:
             steps: steps of all tokens, and of ``lookahead`` more.
@@ -109,7 +123,37 @@ class Scorer:
             name = self._features[int(np.isfinite(rows).all(0).argmin())]
             raise CaptureError(f"feature {name!r} gave a value that is not finite")
         self._rows.update(zip(indices, rows, strict=True))
-        return self._predict(rows)
+        return np.zeros(0) if self.named else self._predict(rows)
+
+    def judge(self, mention: MentionKeys, steps: RecordedSteps) -> float | None:
+        """Compute the probability of a mention whose name is complete, with ``named``; the tokens have been scored.
+
+        Args:
+            mention: with its tokens.
+            steps: of the answer.
+
+        Returns:
+            In [0, 1]; None where not all of its tokens have been scored, such as the last one of a cut answer.
+
+        Raises:
+            CapabilityError: the detector reads image tokens, and the model shows none.
+        """
+        subtokens = self._detector.settings["subtokens"]
+        tokens = mention.tokens[: 1 if subtokens in ("first", "all") else None]
+        if not tokens or not self._rows.keys() >= set(tokens):
+            return None
+        row = reduce_subtokens(np.stack([self._rows[token] for token in tokens]), self._features, subtokens)
+        places = np.array([[tokens[0], mention.mention_index, mention.repeat_index]], float)
+        return float(self._predict(row, [mention.object], places, self._absent_objects(steps))[0])
+
+    def _absent_objects(self, steps: RecordedSteps) -> np.ndarray | None:
+        """Look for all objects among the image tokens, once for an answer."""
+        if self.imaged and self._absence is None:
+            if steps.image_embeds is None or not len(steps.image_embeds):
+                raise CapabilityError("the detector looks for objects among the image tokens, which this model hides")
+            self._image_tokens = in_half_precision(project_image_tokens(steps.image_embeds))
+            self._absence = self._detector.absent_objects(self._image_tokens.astype(np.float32))
+        return self._absence
 
     def skip(self, steps: RecordedSteps, stop: int) -> None:
         """Let the recorder release the steps before ``stop`` that are never scored, unless others need them."""
@@ -146,12 +190,12 @@ class Scorer:
             names = [
                 name for item, values in arrays for name in column_names(item.name, item.vector, values.shape[1:])
             ] + list(COUNTED)
-            missing = [name for name in self._features if name not in names]
+            indices = {name: index for index, name in enumerate(names)}
+            missing = [name for name in self._features if name not in indices]
             if missing:
                 raise CapabilityError(
                     f"the detector reads {missing[0]}, which this model does not give; it was trained on another model"
                 )
-            indices = {name: index for index, name in enumerate(names)}
             self._indices = [indices[name] for name in self._features]
         parts = [*(values.reshape(len(values), -1) for _, values in arrays), np.array(counted, np.float32)]
         return np.concatenate(parts, 1)[:, self._indices]
@@ -176,9 +220,14 @@ class Scorer:
             self._counted.append((index, math.log1p(index), before))
             seen[ids[index]] = before + 1
 
-    def columns(self, count: int) -> dict[str, np.ndarray]:
-        """Return (count,) columns as in the detector's table, with missing values where nothing was computed."""
-        columns = {name: np.full(count, np.nan) for name in self._table}
+    def columns(self, count: int) -> dict[str, Any]:
+        """Return (count,) columns as in the detector's table, with missing values where nothing was computed.
+
+        With ``imaged`` also the image tokens, if a mention was judged.
+        """
+        columns: dict[str, Any] = {name: np.full(count, np.nan) for name in self._table}
+        if self._image_tokens is not None:
+            columns[IMAGE_TOKENS] = pack_vectors(self._image_tokens)
         indices = [index for index in self._rows if index < count]
         if indices:
             rows = np.stack([self._rows[index] for index in indices])
@@ -201,27 +250,15 @@ def smallest_delay(detector: Detector) -> int | None:
 def _check(detector: Detector, delay: int) -> None:
     if not isinstance(delay, int) or delay < 0:
         raise ConfigError(f"delay={delay!r} should be 0 (a warning with every token) or a number of steps")
-    named = [key for key in ("factored", "objects") if detector.settings[key]]
-    if named:
-        raise CapabilityError(
-            f"the detector reads the name of the object ({named[0]}=true), which is known when it is written out; "
-            f"train with detector.{named[0]}=false to warn while the model writes, or give this one as final="
-        )
-    if detector.inputs.imaged:
-        raise CapabilityError(
-            "the detector looks for the named object among the image tokens, and the name is known when it is written "
-            "out; train with detector.visual_consistency=false to warn while the model writes, or give this one as "
-            "final="
-        )
     names = feature_set(detector.features).names
     late = [name for name in names if not FEATURES[name].requires <= STEP_REQUIREMENTS]
     if late:
         raise CapabilityError(
-            f"the detector reads {', '.join(late)}, which a decoding step does not give; train with features=fast "
-            "to warn while the model writes, or give this one as final="
+            f"the detector reads {', '.join(late)}, which a decoding step does not give; train with features=default or "
+            "features=fast to warn while the model writes, or give this one as final="
         )
     consuming = [name for name in names if name.endswith("_c")]
-    if consuming and not delay:
+    if consuming and not delay and not detector.inputs.needs_objects:
         raise CapabilityError(
             f"the detector reads {', '.join(consuming)} of the row that consumes the token; use delay=1, or train "
             "with features=fast"
@@ -237,12 +274,13 @@ class FastFeatures:
 
     Args:
         steps: steps of the answer.
-        columns: of the detector, all of ``FAST_FEATURES``.
+        columns: of the detector, all of ``FAST_FEATURES`` and ``FAST_STATES``.
     """
 
     def __init__(self, steps: RecordedSteps, columns: Sequence[str]) -> None:
         self._steps, self._columns = steps, columns
         self._decodes = any(column.startswith(_LENS) for column in columns)
+        self._states = [name for name in FAST_STATES if any(column.startswith(f"{name}_d") for column in columns)]
         self._attends = any(column.startswith((*_MASS, "svar", "attn_entropy")) for column in columns)
         self._members = np.zeros((0, len(SEGMENTS)), np.float32)
         self._fits: bool | None = None  # whether the model is supported; unknown before the first step
@@ -264,15 +302,18 @@ class FastFeatures:
         if self._attends:
             widths |= {**dict.fromkeys(_MASS, len(rows)), "svar": 1, "attn_entropy": len(rows)}
         widths |= dict.fromkeys(_LENS, layers - 1)
+        if self._states:
+            widths |= dict.fromkeys(self._states, step.hidden[-1].shape[-1])
         names: list[str] = []
         self._slices: dict[str, slice] = {}
         for name, width in widths.items():
             self._slices[name] = slice(len(names), len(names) + width)
-            single = name in (*_UNCERTAINTY, *COUNTED, "svar")
-            names += [name] if single else [f"{name}_l{layer:02d}" for layer in range(width)]
-        if not set(self._columns) <= set(names):
+            shape = () if name in (*_UNCERTAINTY, *COUNTED, "svar") else (width,)
+            names += column_names(name, name in self._states, shape)
+        indices = {name: index for index, name in enumerate(names)}
+        if not indices.keys() >= set(self._columns):
             return False  # computing a trace reports the reason
-        self._width, self._indices = len(names), np.array([names.index(column) for column in self._columns])
+        self._width, self._indices = len(names), np.array([indices[column] for column in self._columns])
         if len({(*row.query.shape, row.keys.scaling) for row in rows}) > 1:  # layers of different kinds
             return False
         tensors = [logits, *step.hidden, *(part for row in rows for part in (row.query, row.keys.newest))]
@@ -294,6 +335,8 @@ class FastFeatures:
         self._read_predictions(steps_batch, ids, start, counted, out)
         if self._attends:
             self._read_attention(steps_batch, start, out)
+        if self._states:
+            self._read_states(steps_batch, start, out)
         return out.take(self._indices, 1)
 
     def _read_predictions(
@@ -337,6 +380,17 @@ class FastFeatures:
         share = image / np.maximum(mass[..., :1], 1e-12)  # as in ``stethoscope.features.distributions``
         spread = np.einsum("ltn,ltn->tl", share, np.log(np.maximum(share, 1e-12)))
         out[:, self._slices["attn_entropy"]] = spread / -math.log(max(image.shape[-1], 2))
+
+    def _read_states(self, steps_batch: Sequence[Step], start: int, out: np.ndarray) -> None:
+        """Fill in the hidden states of the predicting rows and, a step later, of the consuming rows."""
+        count = len(steps_batch)
+        consumed = any(name.endswith("_c") for name in self._states)
+        steps = [*steps_batch, *([self._steps.unread(start + count)] if consumed else [])]
+        layers = [torch.cat(states, 1)[0] for states in zip(*(step.hidden for step in steps), strict=True)]
+        states = self._steps.lens.probed(layers).numpy()
+        for name in self._states:
+            first = int(name.endswith("_c"))
+            out[:, self._slices[name]] = states[first : first + count, int("last" in name)]
 
     def _weights(self, steps_batch: Sequence[Step], seen: int) -> np.ndarray:
         """Compute the (L, H, T, seen) attention of T consecutive steps to the keys that the last has seen."""

@@ -31,7 +31,7 @@ from stethoscope.tracing.hooks import (
     last_row,
     selected,
 )
-from stethoscope.tracing.model_parts import modules_of, sites
+from stethoscope.tracing.model_parts import layers_of, modules_of, sites
 
 _NOT_PLAIN = ("position_bias", "softcap", "s_aux")  # options that change the map from softmax(scaling q k)
 _NEAR, _NEAR_ROUNDED = 1e-5, 1e-2  # tolerance against the model file's attention, in float32 and other dtypes
@@ -55,7 +55,7 @@ class StepRecorder(AttentionRecorder):
         self._lens = first.lens if first.decodes else None
         self._rows: dict[str, list[list[Tensor | DeferredAttention]]] = {role: [] for role in self.roles}  # by layer
         self._hidden: list[Tensor] = []  # (B, 1, D) by layer
-        self._fresh = self._on = False
+        self._fresh = self._on = self._watched = False
         self._deferred = True  # all rows of the current step so far
         self._open = ExitStack()
 
@@ -65,13 +65,14 @@ class StepRecorder(AttentionRecorder):
         Args:
             always: whether to record every pass until ``stop``, or only those within ``recording``.
         """
-        self._open, self._on = ExitStack(), always
+        self._on = always
         try:
             if self._attends:
                 self._open.enter_context(selected(self._model))
                 self._recording = Recording(self, sites(self._model))
                 if always:
                     self._open.enter_context(capturing(self._recording))
+            self.watch_prompt()
             if self._lens is not None:
                 for layer in self._lens.layers:
                     self._hook(layer, self._after_layer)
@@ -84,6 +85,18 @@ class StepRecorder(AttentionRecorder):
         except BaseException:
             self.stop()
             raise
+
+    def watch_prompt(self) -> None:
+        """Install a hook on the first layer that reads image tokens, until the first step is recorded.
+
+        Only where they are asked for, and once. ``start`` does it, which for an encoder can be too late: in a
+        ``generate`` call of the user's own it has read the prompt when the streamer is first called.
+        """
+        first = self._steps[0]
+        layers = layers_of(self._model, "encoder" if first.encoder else "language") if first.imaged else []
+        if layers and not self._watched:
+            self._watched = True
+            self._open.callback(layers[0].register_forward_pre_hook(self._before_layers, with_kwargs=True).remove)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -101,6 +114,7 @@ class StepRecorder(AttentionRecorder):
     def stop(self) -> None:
         """Remove the hooks; does nothing where there are none."""
         self._open.close()
+        self._watched = False
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with some prompts of the batch only, in this order."""
@@ -178,6 +192,17 @@ class StepRecorder(AttentionRecorder):
             _checked[call.module] = formula, bool(difference.abs().max() < tolerance)
         keys.plain = _checked[call.module][1]
         return keys
+
+    def _before_layers(self, module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+        """Keep the image tokens of a pass over the prompts; the last one before the first step is theirs."""
+        if self._steps[0].logits:
+            return
+        states: Tensor = arguments[0] if arguments else options["hidden_states"]
+        for steps, row in zip(self._steps, states, strict=False):
+            padding = len(row) - steps.spans.length
+            if padding >= 0:
+                start = 0 if steps.encoder else padding
+                steps.image_embeds = row[[start + position for position in steps.spans.image]].detach()
 
     def _after_layer(self, module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
         if self._on:

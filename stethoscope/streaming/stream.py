@@ -56,13 +56,14 @@ def stream(
         image: the image, the path of its file, or the bytes of one.
         question: the question about it.
         detector: computes probabilities; or the folder of one, or of a run that has one. It may read only features of
-            the decoding step, such as ``features=fast``.
+            the decoding step, such as ``features=default``.
         generation: settings; greedy, at most 128 tokens by default. No beams. With ``mitigation=Backtrack()`` doubtful
             objects are taken back while the answer is written; ``detector``, where there is one, judges instead of the
             mitigation's own.
         delay: number of steps that a token may wait for its probability. With 0 it is scored as it is generated.
             Detectors with features of the row that consumes the token (``_c``) need 1. Tokens that wait together are
-            scored together, which costs less. Tokens that can begin no name are not scored, and do not wait.
+            scored together, which costs less. Tokens that can begin no name are not scored, and do not wait. Detectors
+            that need the name of the object score whole mentions instead, and no token waits.
         final: scores the mentions of the finished answer instead of ``detector``, with any features.
         extraction: how objects that the answer names are found, as in ``stethoscope.diagnose``.
         asks: what the question asks for, as in ``stethoscope.diagnose``.

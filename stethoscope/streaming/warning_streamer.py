@@ -17,7 +17,15 @@ from stethoscope.core.types import Answer, Generation, with_limit
 from stethoscope.detection.lookup import load_detector
 from stethoscope.streaming.candidates import Candidates
 from stethoscope.streaming.decode_loop import Rewind, decode, look_ahead
-from stethoscope.streaming.events import MentionCompleted, MentionTracker, TakenBack, Token, is_complete
+from stethoscope.streaming.events import (
+    Judge,
+    MentionCompleted,
+    MentionKeys,
+    MentionTracker,
+    TakenBack,
+    Token,
+    is_complete,
+)
 from stethoscope.streaming.recorded_steps import RESIDUAL_REQUIREMENTS, RecordedSteps
 from stethoscope.streaming.scorer import Scorer
 from stethoscope.streaming.step_recorder import StepRecorder
@@ -94,7 +102,8 @@ class WarningStreamer(BaseStreamer):
         lens = lens_of(self.model) if requires & RESIDUAL_REQUIREMENTS else None
         settings = self.arguments["generation_config"]
         encoder = settings.decoder_start_token_id is not None
-        self.steps = RecordedSteps(lens, encoded.spans, encoder, requires, backtracker is not None)
+        imaged = self.scorer is not None and self.scorer.imaged
+        self.steps = RecordedSteps(lens, encoded.spans, encoder, requires, backtracker is not None, imaged)
         self.recorder = StepRecorder(self.model, [self.steps])
         if self.scorer is not None and self.scorer.lookahead:
             look_ahead(self.arguments)
@@ -116,13 +125,14 @@ class WarningStreamer(BaseStreamer):
         self._pieces: list[str] = []  # the text of each, up to the limit
         self._ids: list[int] = []
         self._logprobs: list[float] = []
-        self._probabilities: list[float | None] = []  # None for tokens that can begin no name
+        self._probabilities: list[float | None] = []  # None for tokens that can begin no name, or are not judged alone
         self._started = self._finished = False
         self.events: list[AnswerEvent] = []
         self.tokens: list[Token] = []
         self.answer: Answer | None = None
 
     def __enter__(self) -> WarningStreamer:
+        self.recorder.watch_prompt()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -183,7 +193,8 @@ class WarningStreamer(BaseStreamer):
         if self.scorer is not None:
             self._score_pending(self.scorer.batch_size)
         if not self._stop_strings or not self._in_stop_string():
-            immediately = self.scorer is None or (self.scorer.batch_size == 1 and not self.scorer.lookahead)
+            scorer = self.scorer
+            immediately = scorer is None or scorer.named or (scorer.batch_size == 1 and not scorer.lookahead)
             known = len(self._ids if immediately else self._probabilities)
             for start, end in self._spans[len(self.tokens) : known]:
                 self._emit(self._text[start:end], start, end)
@@ -226,23 +237,37 @@ class WarningStreamer(BaseStreamer):
         traced = self._backtracker.trace is not None
         for mention in new:
             decided = traced and self._backtracker.has_decided(mention.name)
-            completed = self._mentions.add(mention, spans, () if decided else self._mention_probabilities(answer))
+            judges = () if decided else (self._judge_of_mentions(answer),)
+            completed = self._mentions.add(mention, spans, *judges)
             rewind = self._backtracker.decide(completed, text, spans, self._ids, self.steps.logits)
             if rewind is not None:
                 self._take_back(rewind.kept, completed, self._backtracker.doubted[mention.name])
                 return rewind
             if completed.probability is None and decided:  # it stays, and its event has a probability
                 self._mentions.completed.pop()
-                self._mentions.add(mention, spans, self._mention_probabilities(answer))
+                self._mentions.add(mention, spans, self._judge_of_mentions(answer))
         return None
 
-    def _mention_probabilities(self, answer: Answer | None) -> Sequence[float | None]:
-        """Return the probabilities of the tokens, by a traced pass where the steps do not give them."""
-        if self._backtracker is None or self._backtracker.trace is None:
-            return self._probabilities
-        if answer is None:
-            answer = self.adapter.decode_answer(self._ids, self._logprobs, self.generation)
-        return self._backtracker.trace(answer)
+    def _judge_of_mentions(self, answer: Answer | None = None) -> Judge:
+        """Return what computes the probability of a mention: the scorer, or that of its first token.
+
+        Where the steps do not give that, a traced pass does.
+
+        Args:
+            answer: when it is finished.
+        """
+        scorer, probabilities = self.scorer, self._probabilities
+        if scorer is not None and scorer.named:
+            return partial(scorer.judge, steps=self.steps)
+        if self._backtracker is not None and self._backtracker.trace is not None:
+            text = answer or self.adapter.decode_answer(self._ids, self._logprobs, self.generation)
+            probabilities = self._backtracker.trace(text)
+
+        def of_first_token(keys: MentionKeys) -> float | None:
+            first = keys.tokens[0] if keys.tokens else len(probabilities)
+            return probabilities[first] if first < len(probabilities) else None
+
+        return of_first_token
 
     def _take_back(self, kept: int, mention: MentionCompleted, probability: float) -> None:
         """Go back to the first ``kept`` tokens because of a mention and its probability."""
@@ -274,7 +299,7 @@ class WarningStreamer(BaseStreamer):
             self._probabilities.append(None)
         if chosen:
             scores = scorer.score(self.steps, self._ids[: chosen[-1] + 1], chosen)
-            for index, probability in zip(chosen, scores.tolist(), strict=True):
+            for index, probability in zip(chosen, scores.tolist(), strict=not scorer.named):
                 self._probabilities[index] = probability
         scorer.skip(self.steps, len(self._probabilities))
 
@@ -306,10 +331,12 @@ class WarningStreamer(BaseStreamer):
 
     def _complete(self, text: str, finished: bool = False) -> None:
         """Add events of the mentions whose names are complete in the text of the tokens that are events."""
-        if self._backtracker is None:  # who otherwise adds them when they are judged
-            for new in self._mentions.new(text, finished):
-                spans = [(token.start, token.end) for token in self.tokens]
-                self._mentions.add(new, spans, self._probabilities)
+        if self._backtracker is None and (new := self._mentions.new(text, finished)):  # else they are judged before
+            if self.scorer is not None and self.scorer.named:
+                self._score_pending(1, finished)
+            spans = [(token.start, token.end) for token in self.tokens]
+            for mention in new:
+                self._mentions.add(mention, spans, self._judge_of_mentions())
         for mention in self._mentions.completed[self._announced :]:
             if not finished and not is_complete(text, mention.end):
                 break

@@ -19,7 +19,7 @@ from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import Final, MentionCompleted, Token, WarningStreamer, stream
 from stethoscope.streaming.events import MentionTracker
 from stethoscope.streaming.recorded_steps import STEP_REQUIREMENTS
-from stethoscope.streaming.scorer import FAST_FEATURES, FastFeatures, smallest_delay
+from stethoscope.streaming.scorer import FAST_FEATURES, FastFeatures
 from stethoscope.streaming.stream import _diagnose_mentions
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.extraction import as_extraction
@@ -111,18 +111,6 @@ def test_the_delayed_mode_reads_consuming_rows_too(adapter, images, every, lengt
         assert last.answer.token_ids == answer.token_ids == tuple(token.id for token in tokens)
         assert last.answer.finished == answer.finished
         assert np.allclose([token.probability for token in tokens], expected, rtol=0, atol=1e-4)
-
-
-def test_a_detector_that_reads_image_tokens_judges_finished_answers_only(adapter, images, tmp_path):
-    states = trained(adapter, tmp_path, FeatureSet(groups=["uncertainty", "hidden"]))
-    assert states.inputs.imaged
-    with pytest.raises(CapabilityError, match=r"image tokens.*visual_consistency=false.*final="):
-        stream(adapter, images[0], QUESTION, detector=states, delay=1)
-    assert smallest_delay(states) is None
-    *_, last = stream(adapter, images[0], QUESTION, final=states)
-    whole = stethoscope.diagnose(adapter, images[0], QUESTION, detector=states).mentions
-    judged = [[named.verdict.probability for named in mentions] for mentions in (last.mentions, whole)]
-    assert judged[0] == pytest.approx(judged[1], abs=1e-4)
 
 
 def test_every_feature_of_a_step_is_that_of_the_trace(adapter, images, every):
@@ -303,7 +291,7 @@ def test_names_are_complete_when_nothing_can_change_them(pieces, expected):
     tracker, spans, names_by_step = MentionTracker(object_mentions, None), [], {}
 
     def completed(text, finished=False):
-        return [tracker.add(mention, spans, ()).object for mention in tracker.new(text, finished)]
+        return [tracker.add(mention, spans).object for mention in tracker.new(text, finished)]
 
     for index in range(len(pieces)):
         spans.append((sum(map(len, pieces[:index])), sum(map(len, pieces[: index + 1]))))
@@ -509,8 +497,6 @@ def test_rows_are_judged_as_a_table_is(settings):
     [
         (["nll", "pmi", "relevancy_peak"], {}, 0, "pmi, relevancy_peak.*features=fast"),
         (["nll", "svar_c"], {}, 0, "svar_c of the row that consumes.*delay=1"),
-        (["nll"], {"factored": True}, 0, "factored=true"),
-        (["nll"], {"objects": True}, 0, "objects=true"),
         (["telepathy"], {}, 0, "unknown feature 'telepathy'"),
     ],
     ids=str,

@@ -53,7 +53,7 @@ def told(text, ends, extraction, back=None):
     for end in [*ends, None]:
         for mention in tracker.new(text[:end], end is None):
             mentions.append((end, mention))
-            tracker.add(mention, [], ())
+            tracker.add(mention, [])
         if end is not None and end == back:
             tracker.rewind(end // 2)
     return mentions, len(asked)
