@@ -48,8 +48,8 @@ class NamePrefixes:
     """The names of objects by their prefixes.
 
     Args:
-        forms: every way to write a name: singular and plural, synonyms, words joined by single blanks. Case is ignored,
-            which can only let more tokens through.
+        forms: every way to write a name: singular and plural, synonyms, words joined by single blanks; and pairs of
+            words that name nothing together ("train track"). Case is ignored, which can only let more tokens through.
 
     >>> names = NamePrefixes(["dog", "dogs", "hot dog", "hot dogs"])
     >>> [names.can_begin("A", piece) for piece in (" do", " hot", " dogs.", " dogma", "dog")]
@@ -94,6 +94,21 @@ class NamePrefixes:
                     break
                 yield self._sorted[index].partition(" ")[0][len(prefix) :]
 
+    def goes_on(self, text: str) -> bool:
+        """Decide whether a text is the start of a longer name, or of two words that name nothing together.
+
+        >>> names = NamePrefixes(["dog", "hot dog"])
+        >>> names.goes_on("hot "), names.goes_on("hot d"), names.goes_on("hot s"), names.goes_on("dog ")
+        (True, True, False, False)
+        """
+        folded = _fold(text)
+        index = bisect_left(self._sorted, folded)
+        return index < len(self._sorted) and self._sorted[index].startswith(folded)
+
+    def first_open(self, text: str) -> int:
+        """Return where the first name begins that the text may go on with; the length of the text if there is none."""
+        return min((start for start in self._recent_starts(text) if self.goes_on(text[start:])), default=len(text))
+
     def has_first(self, word: str) -> bool:
         """Decide whether a name can begin with these letters, behind which the text goes on with another character."""
         folded = word.lower() if word.isascii() else "".join(_LETTERS.findall(_fold(word))[:1])
@@ -123,8 +138,7 @@ class NamePrefixes:
     def _fits(self, text: str, forms: Collection[str], least: int = 0) -> bool:
         """Decide whether a text is the start of a name, or begins with a form of more than ``least`` characters."""
         folded = _fold(text)
-        index = bisect_left(self._sorted, folded)
-        if index < len(self._sorted) and self._sorted[index].startswith(folded):
+        if self.goes_on(text):
             return True
         ends = range(len(_fold(text[:least])) + 1, min(len(folded), self._longest + 1))
         return any(
@@ -165,7 +179,8 @@ class Extraction:
         mentions: lists the mentions of a text in reading order.
         objects: all names that it can give; None where any noun can be one.
         synonyms: lower-case name or synonym -> name, for a vocabulary of your own; empty for the others.
-        name_forms: lists every way to write a name, as ``NamePrefixes`` needs them; None where any word can be one.
+        name_forms: lists every way to write a name, as ``NamePrefixes`` needs them. What it lists decides alone which
+            words a name has: no word behind them changes it. None where any word can be one.
     """
 
     identity: str

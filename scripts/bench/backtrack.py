@@ -3,9 +3,9 @@
     python scripts/bench/backtrack.py --scenes 200 --seed 7 --thresholds 0.65
 
 Both ways alternate scene by scene, one answer at a time, so that other work on the machine falls on both. The detector
-is a logistic regression on ``features=default`` that reads no image tokens, so that it judges while the model writes,
-trained here on --train captions of other scenes; --detector names another one instead. Differences are paired over
-scenes, with 95 % intervals of the bootstrap.
+is a logistic regression on ``features=default``, which judges while the model writes, trained here on --train captions
+of other scenes; --detector names another one instead. Differences are paired over scenes, with 95 % intervals of the
+bootstrap.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def train(adapter: object, scenes: int, folder: Path) -> str:
     """Fit a detector on other scenes and save it; return its folder."""
     features = FeatureSet(groups=("uncertainty", "position", "attention", "lens", "hidden"))
     stethoscope.Evaluator(features=features, run_dir=folder / "run", batch_size=24).run(adapter, Chair(scenes=scenes))
-    detector = stethoscope.Detector(visual_consistency=False).fit(RunStore(folder / "run").tokens("chair"))
+    detector = stethoscope.Detector().fit(RunStore(folder / "run").tokens("chair"))
     detector.save(folder / "detector")
     return str(folder / "detector")
 

@@ -1,8 +1,10 @@
 """What warnings cost while the embedded model writes: ``stream`` against ``adapter.generate``, one run, one thread.
 
     python scripts/bench/stream.py                    # 24 pictures, the mean of 5 rounds
+    python scripts/bench/stream.py --features default --delays 0
 
-The detector is a logistic regression on ``features=fast``, trained here on --scenes captions. Both ways alternate
+The detector is a logistic regression on ``features=fast``, trained here on --scenes captions; that of ``default`` also
+reads hidden states and looks for the named objects among the image tokens. Both ways alternate
 picture by picture, so that other work on the machine falls on both; CPU time of the process is told beside the time
 of the clock. The mentions of the finished answer, which ``generate`` does not tell, are found when they are read: that
 is outside the time of the stream.
@@ -27,6 +29,8 @@ from stethoscope.streaming import Token
 from stethoscope.tasks.chair import Chair
 
 QUESTION = "Please describe this image in detail."
+FAST = ("uncertainty", "position", "attention", "lens")
+GROUPS = {"fast": FAST, "default": (*FAST, "hidden")}
 
 
 def main() -> None:
@@ -35,11 +39,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--delays", type=int, nargs="+", default=[0, 1, 3, 7], help="steps that a token may wait")
+    parser.add_argument("--features", choices=list(GROUPS), default="fast", help="that the detector reads")
     parser.add_argument("--scenes", type=int, default=48, help="captions that the detector learns from")
     options = parser.parse_args()
     torch.set_num_threads(1)
     adapter, generation = stethoscope.load("testbed"), Generation(max_new_tokens=128)
-    detector = _detector(adapter, options.scenes)
+    detector = _detector(adapter, options.scenes, GROUPS[options.features])
     pictures = [scene.image() for scene in testbed.scenes(options.pictures)]
 
     def generate(picture: object) -> int:
@@ -69,9 +74,9 @@ def main() -> None:
         print(f"{name:22}{each[0]:10.3f}{each[1]:14.3f}{more[0]:+9.1%}{more[1]:+9.1%}")
 
 
-def _detector(adapter: object, scenes: int) -> stethoscope.Detector:
+def _detector(adapter: object, scenes: int, groups: tuple[str, ...]) -> stethoscope.Detector:
     with tempfile.TemporaryDirectory() as folder:
-        features = FeatureSet(groups=("uncertainty", "position", "attention", "lens"))
+        features = FeatureSet(groups=groups)
         stethoscope.Evaluator(features=features, run_dir=Path(folder), batch_size=24).run(adapter, Chair(scenes=scenes))
         return stethoscope.Detector(C=0.1).fit(RunStore(Path(folder)).tokens("chair"))
 

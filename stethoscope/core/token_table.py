@@ -232,7 +232,7 @@ def reduce_subtokens(rows: np.ndarray, names: Sequence[str], subtokens: Subtoken
     if len(rows) == 1 or subtokens in ("first", "all"):
         return rows[:1]
     states = np.array([_DIMENSION.search(name) is not None for name in names])
-    reduced = {"mean": np.mean, "max": np.max, "min": np.min}[subtokens](rows, 0)
+    reduced = getattr(rows, subtokens)(0)
     return np.where(states, rows.mean(0), reduced)[None]
 
 

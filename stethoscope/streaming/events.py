@@ -46,7 +46,7 @@ class Token:
 
 @dataclass(frozen=True)
 class MentionCompleted:
-    """An object that the answer names; its name is complete, since a further word or the end has followed.
+    """An object that the answer names; its name is complete, as a blank behind its word shows, or the end.
 
     Attributes:
         object: canonical name.
@@ -131,17 +131,9 @@ StreamEvent = Token | MentionCompleted | TakenBack | Final
 """All that ``stream`` yields."""
 
 _WORD_FOLLOWS = re.compile(r"\s*\S+\s")  # after a name: whatever else its word has, or a word, is complete
-_NAME_FOLLOWED = re.compile(r"[^\W\d_]++\s*\S+\s")  # the same after the first letters of a name
+_WORD_OVER = re.compile(r"\S*\s")  # after a name: whatever else its word has is complete
+_NAME_FOLLOWED = re.compile(r"[^\W\d_]++\S*\s")  # the same after the first letters of a name
 _LETTERS_OVER = re.compile(r"[^\W\d_]++(?!\Z)")  # letters to which the text adds no more
-
-
-def is_complete(text: str, end: int) -> bool:
-    """Whether a name that ends at a character is complete: a further word is, or the rest of its own.
-
-    >>> is_complete("A dog and", 5), is_complete("A dog and a", 5), is_complete("A dog. It", 5)
-    (False, True, True)
-    """
-    return _WORD_FOLLOWS.match(text, end) is not None
 
 
 class MentionKeys(NamedTuple):
@@ -167,9 +159,10 @@ Judge = Callable[[MentionKeys], float | None]
 class MentionTracker:
     """Finds the mentions of a growing answer as their names become complete.
 
-    A name is complete once a further word is, which might have changed it ("baby" before "elephant"), or once the
-    answer ends. A choice of objects that changes its mind even later (CHAIR's "seat of the toilet" is no chair) has
-    the last word in ``Final.mentions``.
+    A name is complete once its word is, and no longer name begins with what stands there ("baby el" may become "baby
+    elephant", "baby is" not); or once the answer ends. Where no list of names is known, a further word must be
+    complete. A choice of objects that changes its mind even later (CHAIR's "seat of the toilet" is no chair) has the
+    last word in ``Final.mentions``.
 
     Args:
         extractor: lists the objects that a text names.
@@ -197,8 +190,15 @@ class MentionTracker:
         if not finished and not self._is_due(text, position):
             return []
         later = [mention for mention in self._extractor(text) if mention.start >= position]
-        complete = [mention for mention in later if finished or is_complete(text, mention.end)]
+        complete = [mention for mention in later if finished or self.is_complete(mention, text)]
         return sorted(complete, key=lambda mention: mention.start)
+
+    def is_complete(self, mention: TextMention | MentionCompleted, text: str) -> bool:
+        """Whether the name of a mention is complete in an unfinished text."""
+        names = self._extractor.name_prefixes
+        if names is None:
+            return _WORD_FOLLOWS.match(text, mention.end) is not None
+        return _WORD_OVER.match(text, mention.end) is not None and mention.start < names.first_open(text)
 
     def _is_due(self, text: str, position: int) -> bool:
         """Whether a name that begins at ``position`` or later can be complete: most words begin none.
@@ -207,7 +207,7 @@ class MentionTracker:
         """
         names = self._extractor.name_prefixes
         if names is None:
-            return is_complete(text, position)
+            return _WORD_FOLLOWS.match(text, position) is not None
         for word in _LETTERS_OVER.finditer(text, self._read):
             self._read = word.end()
             if names.has_first(word[0]):
@@ -216,7 +216,7 @@ class MentionTracker:
             return False
         later = [start for start in self._starts if start >= position]
         self._starts = [start for start in later if names.is_open(text[start:], self._asked - start)]
-        due = any(_NAME_FOLLOWED.match(text, start) for start in self._starts)
+        due = any(_NAME_FOLLOWED.match(text, start) and not names.goes_on(text[start:]) for start in self._starts)
         if due:
             self._asked = len(text)
         return due

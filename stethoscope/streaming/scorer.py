@@ -254,8 +254,8 @@ def _check(detector: Detector, delay: int) -> None:
     late = [name for name in names if not FEATURES[name].requires <= STEP_REQUIREMENTS]
     if late:
         raise CapabilityError(
-            f"the detector reads {', '.join(late)}, which a decoding step does not give; train with features=default or "
-            "features=fast to warn while the model writes, or give this one as final="
+            f"the detector reads {', '.join(late)}, which a decoding step does not give; train with features=default "
+            "or features=fast to warn while the model writes, or give this one as final="
         )
     consuming = [name for name in names if name.endswith("_c")]
     if consuming and not delay and not detector.inputs.needs_objects:

@@ -24,7 +24,6 @@ from stethoscope.streaming.events import (
     MentionTracker,
     TakenBack,
     Token,
-    is_complete,
 )
 from stethoscope.streaming.recorded_steps import RESIDUAL_REQUIREMENTS, RecordedSteps
 from stethoscope.streaming.scorer import Scorer
@@ -256,9 +255,9 @@ class WarningStreamer(BaseStreamer):
         Args:
             answer: when it is finished.
         """
-        scorer, probabilities = self.scorer, self._probabilities
-        if scorer is not None and scorer.named:
-            return partial(scorer.judge, steps=self.steps)
+        if self.scorer is not None and self.scorer.named:
+            return partial(self.scorer.judge, steps=self.steps)
+        probabilities: Sequence[float | None] = self._probabilities
         if self._backtracker is not None and self._backtracker.trace is not None:
             text = answer or self.adapter.decode_answer(self._ids, self._logprobs, self.generation)
             probabilities = self._backtracker.trace(text)
@@ -335,10 +334,10 @@ class WarningStreamer(BaseStreamer):
             if self.scorer is not None and self.scorer.named:
                 self._score_pending(1, finished)
             spans = [(token.start, token.end) for token in self.tokens]
-            for mention in new:
-                self._mentions.add(mention, spans, self._judge_of_mentions())
+            for named in new:
+                self._mentions.add(named, spans, self._judge_of_mentions())
         for mention in self._mentions.completed[self._announced :]:
-            if not finished and not is_complete(text, mention.end):
+            if not finished and not self._mentions.is_complete(mention, text):
                 break
             self._announced += 1
             self._add_event(mention)

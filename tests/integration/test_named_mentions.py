@@ -1,5 +1,7 @@
 """Detectors that need the name of an object judge it once the name is complete, with what a finished answer gives."""
 
+import json
+
 import numpy as np
 import pytest
 from helpers.rewinds import words
@@ -7,6 +9,8 @@ from test_streaming import QUESTION, STRANGE, Spelled
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.app import answer as app_answer
+from stethoscope.app.model_pool import ModelPool
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.token_table import IMAGE_TOKENS, FeatureSchema, unpack_vectors
 from stethoscope.core.types import Generation
@@ -249,6 +253,23 @@ def test_objects_are_taken_back_by_image_tokens_without_a_traced_pass(adapter, d
             if event.object not in {earlier.object for earlier in taken[0][:number]}:
                 assert event.probability == pytest.approx(expected, **NEAR)
     assert backs
+
+
+def test_the_app_warns_by_image_tokens_while_an_answer_is_written(adapter, detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(app_answer, "PAUSE", 0)
+    detector.save(tmp_path / "runs" / "mine" / "detector", {"model": adapter.fingerprint()})
+    testbed.scenes(3)[2].image().save(tmp_path / "picture.png")
+    pool = ModelPool(adapter, "testbed", runs=tmp_path / "runs")
+    question = app_answer.Question("testbed", tmp_path / "picture.png", QUESTION, app_answer.generation(length=64))
+    shown = [json.loads(message) for message, _ in app_answer.ask(pool, question, as_extraction(None))]
+    with pool.use("testbed") as ready:
+        assert ready.detectors.live is ready.detectors.final
+    final = {(named["object"], named["tokens"][0]): named["probability"] for named in shown[-1]["mentions"]}
+    last = next(message for message in reversed(shown) if message["kind"] == "writing")
+    assert len(last["mentions"]) > 1
+    assert last["threshold"] == detector.threshold
+    for named in last["mentions"]:
+        assert named["probability"] == pytest.approx(final[named["object"], named["tokens"][0]], abs=1e-4)
 
 
 def test_what_a_step_does_not_give_is_refused_in_a_line(adapter, detector, monkeypatch):
