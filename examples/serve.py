@@ -1,7 +1,7 @@
 """Serve answers as server-sent events: every token, and a warning as soon as a doubtful object is named.
 
 pip install "lvlm-stethoscope[app]"  # brings FastAPI and uvicorn
-DETECTOR=runs/my-run uvicorn --app-dir examples serve:app  # a run whose detector was trained with features=fast
+DETECTOR=runs/my-run uvicorn --app-dir examples serve:app  # a run with a detector of its descriptions
 curl -N --data-binary @photo.jpg "http://127.0.0.1:8000/?question=Please+describe+this+image+in+detail."
 """
 

@@ -114,10 +114,10 @@ LATE = "Two dining  tables, a table near a stop sign. Two hot dogs, a baby eleph
 @pytest.mark.parametrize(
     ("text", "letters"),
     [
-        (LATE, False),
-        (STRANGE, True),
-        pytest.param(LATE, True, marks=pytest.mark.slow),
-        pytest.param(STRANGE, False, marks=pytest.mark.slow),
+        pytest.param(LATE, False, id="late"),
+        pytest.param(STRANGE, True, id="strange-letters"),
+        pytest.param(LATE, True, marks=pytest.mark.slow, id="late-letters"),
+        pytest.param(STRANGE, False, marks=pytest.mark.slow, id="strange"),
     ],
 )
 def test_names_of_several_tokens_and_words_and_at_the_very_end(
@@ -189,7 +189,7 @@ OTHERS = ("llava-1.6-mistral-7b", "blip2-opt-2.7b", "blip2-flan-t5-xl", "smolvlm
 def test_other_families(model, monkeypatch):
     """Random weights name no object, so every word is one; an encoder, tiles, queries, a grid of one's own."""
     other, image = stethoscope.load(model, random_init="tiny"), testbed.scenes(2)[1].image()
-    encoded, generation = other.encode(image, QUESTION), Generation(max_new_tokens=24)
+    encoded, generation = other.encode(image, QUESTION), Generation(max_new_tokens=24, do_sample=True, seed=1)
     answer = other.generate([encoded], generation)[0]
     features = FeatureSet(groups=GROUPS)
     trace = other.trace(encoded, answer, features.requires)
