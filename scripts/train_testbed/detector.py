@@ -1,7 +1,7 @@
 """Train the detector that comes with the embedded model again: stethoscope/testbed/detector.
 
 It has to be done whenever the embedded model changes, since a detector is taken for exactly the model that it was
-trained on; `tests/unit/testbed/test_shipped_detector.py` tells. Three minutes on one core; the same code and seed give
+trained on; `tests/unit/testbed/test_shipped_detector.py` tells. Ten minutes on one core; the same code and seed give
 the same detector.
 
     python -m scripts.train_testbed.detector
@@ -21,7 +21,7 @@ from stethoscope import testbed
 WORDS = [
     "name=ship",
     "pope.scenes=20",
-    "chair.scenes=1000",
+    "chair.scenes=3000",
     "features=default_verified",  # the probe of hidden states learns from the verification, which nothing else reads
     "detector=logistic",
     "detector.exclude=[verify_*]",

@@ -83,16 +83,23 @@ class Arrays:
         if not condition:
             raise ArtefactError(f"array {self._prefix + name!r} {rule}")
 
-    def numbers(self, name: str, *shape: int | None, largest: float = LARGEST_NUMBER) -> np.ndarray:
-        """Return a float64 array of the given shape, where None stands for any length.
+    def numbers(
+        self, name: str, *shape: int | None, largest: float = LARGEST_NUMBER, dtype: type = np.float64
+    ) -> np.ndarray:
+        """Return as float64 an array of the given shape, where None stands for any length.
 
         Raises:
-            ArtefactError: it is missing, has another shape or type, or a number is not finite or above ``largest``.
+            ArtefactError: it is missing, has another shape or type than ``dtype``, or a number is not finite or above
+                ``largest``.
         """
-        array = self._get(name, np.float64, shape)
+        array = self._get(name, dtype, shape).astype(np.float64, copy=False)
         self.require(np.isfinite(array).all(), name, "holds numbers that are not finite")
         self.require((np.abs(array) <= largest).all(), name, f"holds numbers above {largest:g}")
         return array
+
+    def weights(self, name: str, *shape: int | None) -> np.ndarray:
+        """Return as float64 the float32 weights of a network, otherwise as ``numbers`` does."""
+        return self.numbers(name, *shape, dtype=np.float32)
 
     def positive(self, name: str, *shape: int | None) -> np.ndarray:
         """Return an array as ``numbers`` does, with all values at least 1 / ``LARGEST_NUMBER``, to divide by."""

@@ -10,7 +10,7 @@ beside its other columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,21 +105,21 @@ class HiddenProbe:
         Raises:
             ArtefactError: an array is missing, has another shape or type, or holds invalid numbers.
         """
-        hidden = arrays.numbers("hidden", None, columns, UNITS)
+        hidden = arrays.weights("hidden", None, columns, UNITS)
         members = len(hidden)
         arrays.require(members, "hidden", "should hold a network")
         return cls(
             arrays.numbers("mean", columns),
             arrays.positive("scale", columns),
             hidden,
-            arrays.numbers("hidden_bias", members, UNITS),
-            arrays.numbers("output", members, UNITS, len(COLUMNS)),
-            arrays.numbers("bias", members, len(COLUMNS)),
+            arrays.weights("hidden_bias", members, UNITS),
+            arrays.weights("output", members, UNITS, len(COLUMNS)),
+            arrays.weights("bias", members, len(COLUMNS)),
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays by name."""
-        return dict(vars(self))
+        return in_single_precision(vars(self))
 
     def transform(self, states: np.ndarray) -> np.ndarray:
         """Compute the log-odds of hallucination by ``COLUMNS``, (rows, 2).
@@ -138,6 +138,11 @@ def _with_one_score(networks: Sequence[tuple[np.ndarray, ...]], score: int) -> I
     factors = np.where(np.arange(len(COLUMNS)) == score, 2, 0).astype(np.float32)
     for hidden, hidden_bias, output, bias in networks:
         yield hidden, hidden_bias, output * factors, bias * factors
+
+
+def in_single_precision(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a network's arrays, its weights as float32, which they were trained in; mean and scale stay float64."""
+    return {name: array if name in ("mean", "scale") else array.astype(np.float32) for name, array in arrays.items()}
 
 
 def _moments(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,16 @@ from stethoscope.core.errors import DataError
 from stethoscope.core.token_table import IMAGE_TOKENS, object_index, unpack_vectors
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.estimators import inner_folds
-from stethoscope.detection.hidden_probe import TEACHER, UNITS, AdamW, Masks, hidden_units, initial_weights, propagate
+from stethoscope.detection.hidden_probe import (
+    TEACHER,
+    UNITS,
+    AdamW,
+    Masks,
+    hidden_units,
+    in_single_precision,
+    initial_weights,
+    propagate,
+)
 from stethoscope.detection.recalibration import reply_boundary
 
 COLUMN = "image_objects"
@@ -100,15 +109,15 @@ class ImageProbe:
         return cls(
             mean,
             arrays.positive("scale", len(mean)),
-            arrays.numbers("hidden", len(mean), UNITS),
-            arrays.numbers("hidden_bias", UNITS),
-            arrays.numbers("output", UNITS, objects),
-            arrays.numbers("bias", objects),
+            arrays.weights("hidden", len(mean), UNITS),
+            arrays.weights("hidden_bias", UNITS),
+            arrays.weights("output", UNITS, objects),
+            arrays.weights("bias", objects),
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays by name."""
-        return dict(vars(self))
+        return in_single_precision(vars(self))
 
     def transform(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Compute the log-odds that each picture shows each object, (pictures, objects).

@@ -202,7 +202,8 @@ def test_it_is_saved_as_checked_arrays(seeing, tmp_path):
     assert arrays["image_probe.hidden"].shape == (SIZE, UNITS)
     for name, value, message in (
         ("image_probe.output", arrays["image_probe.output"][:, :2].copy(), "by the manifest it should be"),
-        ("image_probe.bias", np.full(len(OBJECTS), np.nan), "not finite"),
+        ("image_probe.bias", np.full(len(OBJECTS), np.nan, np.float32), "not finite"),
+        ("image_probe.bias", np.zeros(len(OBJECTS)), "float64; it should be float32"),
         ("image_probe.scale", np.zeros(SIZE), "above 0"),
     ):
         probe = {key.partition(".")[2]: part for key, part in arrays.items() if key.startswith("image_probe.")}
