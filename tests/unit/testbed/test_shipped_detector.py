@@ -9,7 +9,7 @@ import pytest
 import stethoscope
 from stethoscope.detection.lookup import bundled_detectors
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.features import named_set
+from stethoscope.features import FeatureSet
 from stethoscope.metrics import classification
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
@@ -54,10 +54,10 @@ def test_it_is_small_and_reads_without_a_warning():
 def test_it_warns_of_what_is_not_there(adapter, tmp_path):
     """On scenes that it has not learned from."""
     detector = stethoscope.Detector.load(DETECTOR_DIR)
-    task = Chair(scenes=1040)
+    task = Chair(scenes=3040)
     task.setup()
-    names = named_set("default_relevancy")
-    task.samples = lambda samples=task.samples: list(samples())[1000:]
+    names = FeatureSet()  # those of features=default
+    task.samples = lambda samples=task.samples: list(samples())[3000:]
     Evaluator(features=names, run_dir=tmp_path, batch_size=20).run(adapter, task)
     rows = detector.select_mentions(RunStore(tmp_path).tokens("chair"))
     labels, probabilities = rows["label"].to_numpy(), detector.predict(rows)
