@@ -234,11 +234,11 @@ def test_passes_are_counted_alike_in_batches_and_one_by_one(tmp_path, adapter):
             callbacks=[CostMeter(leaving=True)],
             run_dir=tmp_path / str(len(passes)),
             batch_size=size,
-            generation=Generation(max_new_tokens=40, mitigation=Backtrack(threshold=0.3)),
+            generation=Generation(max_new_tokens=40, mitigation=Backtrack(threshold=0.1)),
         )
         evaluator.run(adapter, Chair(scenes=scenes, scene_seed=5))
         passes.append(read_costs(tmp_path / str(len(passes)), "chair").passes)
-    assert passes[1] == passes[2] > 1.2
+    assert passes[1] == passes[2] > 1.1  # of tokens that were kept: some were written twice
 
 
 @pytest.mark.parametrize(
