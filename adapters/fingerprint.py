@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,13 @@ def versions(model: PreTrainedModel) -> tuple[int, ...] | None:
 
     None where there is no count: made in inference mode, or moved in and out by accelerate (``is_meta`` in between).
     """
-    tensors = _all_tensors(model)
+    return _versions(_all_tensors(model))
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
     if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
         return None
-    return tuple(tensor._version for tensor in tensors)
+    return tuple([tensor._version for tensor in tensors])
 
 
 def state_key(model: PreTrainedModel) -> tuple[Any, ...] | None:
@@ -64,8 +67,9 @@ def state_key(model: PreTrainedModel) -> tuple[Any, ...] | None:
 
     None where changes in place cannot be counted, see ``versions``.
     """
-    counts = versions(model)
-    return counts and (counts, [tensor.data_ptr() for tensor in _all_tensors(model)], _hooks(model))
+    tensors = _all_tensors(model)
+    counts = _versions(tensors)
+    return counts and (counts, [tensor.data_ptr() for tensor in tensors], _hooks(model))
 
 
 def _hooks(model: PreTrainedModel) -> tuple[int, ...]:
@@ -73,6 +77,7 @@ def _hooks(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(
         id(hook)
         for module in modules_of(model)
+        if module._forward_pre_hooks or module._forward_hooks
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     )
 

@@ -33,6 +33,7 @@ from stethoscope.core.types import Answer, Generation
 from stethoscope.tracing.answer_recorder import AnswerRecorder, RecordedAnswers
 from stethoscope.tracing.hooks import uses_sdpa
 from stethoscope.tracing.logit_lens import lens_of
+from stethoscope.tracing.model_parts import listed_modules
 from stethoscope.tracing.step_inputs import RewindableProcessor
 from stethoscope.tracing.trace import STREAM_REQUIREMENTS, Encoded, PromptCache
 
@@ -338,6 +339,7 @@ class AnswerGenerator:
         arguments["logits_processor"].insert(0, logprobs)
         start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
         with (
+            nullcontext() if not return_cache else listed_modules(self._model),
             nullcontext() if recorder is None else recorder.recorded(self._model),
             capture_embeds(self._model) if captures else nullcontext([]) as captured,
         ):
@@ -354,12 +356,9 @@ class AnswerGenerator:
         return answers, self._forward.prompt_caches(output.past_key_values, encoded, columns, embeds), record
 
     def _recorder(self, encoded: Sequence[Encoded], generation: Generation) -> AnswerRecorder | None:
-        """Return a recorder of what the prompts plan, where it changes no answer and its record fits into memory.
-
-        For one prompt the hooks of every step take longer than a pass over the answer; for eight, nothing measurable.
-        """
+        """Return a recorder of what the prompts plan, where it changes no answer and its record fits into memory."""
         [planned, *others] = {prompt.planned for prompt in encoded}
-        if planned is None or others or len(encoded) == 1:
+        if planned is None or others:
             return None
         if generation.mitigation is not None or not uses_sdpa(self._model):
             return None

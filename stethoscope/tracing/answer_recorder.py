@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stethoscope.tracing.attention_recorder import RowAttentionRecorder
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, eager_attention, last_row, record
+from stethoscope.tracing.hooks import AttentionRecorder, eager_attention, last_row, record
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.model_parts import route_layers
+from stethoscope.tracing.model_parts import Site, route_layers
 from stethoscope.tracing.trace import STREAM_REQUIREMENTS, Encoded
 
 ATTENTION_REQUIREMENTS = frozenset({"attention", "peaks", "own"})
@@ -38,19 +38,20 @@ class AnswerRecorder(AttentionRecorder):
         scores: (B, V) float32 of every pass, which the caller adds: those that ``generate`` gives to processors.
         depth: number of layers whose outputs are recorded; 0 without a lens.
         hidden: (B, 1, D) after each of these layers, pass by pass.
-        queries: by name of the attention module, (B, H, 1, d) of every pass.
-        calls: by name, the last call.
+        queries: (B, H, 1, d) of each attention module, pass by pass.
+        calls: by name of the module, in the order of a pass, the last call's site, module, keys and options.
     """
 
     roles = ("language",)
+    observes = True
 
     def __init__(self, requires: frozenset[str], lens: Lens | None) -> None:
         self.requires, self._lens = requires, lens
         self.depth = 0 if lens is None else len(lens.layers)
         self.scores: list[Tensor] = []
         self.hidden: list[Tensor] = []
-        self.queries: dict[str, list[Tensor]] = {}
-        self.calls: dict[str, AttentionCall] = {}
+        self.queries: list[Tensor] = []
+        self.calls: dict[str, tuple[Site, nn.Module, Tensor, dict[str, Any]]] = {}
 
     @contextmanager
     def recorded(self, model: PreTrainedModel) -> Iterator[None]:
@@ -62,10 +63,9 @@ class AnswerRecorder(AttentionRecorder):
                 stack.enter_context(route_layers(list(self._lens.layers), self._run_layer))
             yield
 
-    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        self.queries.setdefault(call.site.name, []).append(last_row(call.query))
-        self.calls[call.site.name] = call
-        return call.sdpa()
+    def observe(self, site: Site, module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
+        self.queries.append(last_row(query))
+        self.calls[site.name] = site, module, key, options
 
     def _run_layer(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Run a layer and keep its output at the last position; a forward hook takes twice as long."""
@@ -140,21 +140,18 @@ class RecordedAnswers:
             columns[row, offsets[row] : longest] = torch.tensor(own)
         seen = torch.arange(total) >= torch.tensor(offsets)[:, None]
         seen = seen[:, None, None] & torch.ones(count, total, dtype=torch.bool).tril_(longest - 1)
-        dtype = next(iter(self.recorder.calls.values())).key.dtype
+        calls, queries = self.recorder.calls, self.recorder.queries
+        dtype = queries[0].dtype
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
         spans = [prompt.spans.shifted(offset) for prompt, offset in zip(prompts, offsets, strict=True)]
         steps = torch.arange(count).expand(len(chosen), -1)
         attention = RowAttentionRecorder(steps, spans, total, None, offsets, longest - 1, requires)
-        for name, call in self.recorder.calls.items():
-            query = torch.cat(self.recorder.queries[name][:count], 2)[chosen]
+        for layer, (site, module, keys, options) in enumerate(calls.values()):
+            query = torch.cat(queries[layer :: len(calls)][:count], 2)[chosen]
             key = torch.stack(
-                [
-                    call.key[answer].index_select(1, own.to(call.key.device))
-                    for answer, own in zip(chosen, columns, strict=True)
-                ]
+                [keys[answer].index_select(1, own.to(keys.device)) for answer, own in zip(chosen, columns, strict=True)]
             )
             mask = mask.to(query.device)
-            _, weights = eager_attention(call.module, query, key, key[..., :0], mask, **call.options)
-            attention.on_weights(call.site, weights)
+            attention.on_weights(site, eager_attention(module, query, key, key[..., :0], mask, **options)[1])
         attention.finish()
         return attention
