@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import struct
 import warnings
@@ -332,35 +331,53 @@ def picture_profile(picture: Image) -> np.ndarray:
     from PIL.Image import Resampling
 
     small = picture.convert("RGB").resize((SIDE, SIDE), Resampling.BICUBIC)
+    channels = np.array(small.histogram()).reshape(3, -1)  # pixels of every channel by value
     pixels = np.asarray(small).transpose(2, 0, 1).astype(np.int16, order="C")  # whole numbers: counted, not sorted
     right, down = np.diff(pixels, axis=2), np.diff(pixels, axis=1)
-    details = [_quantiles(np.abs(part), _DETAILS) for part in (right, down, np.diff(right, axis=2))]
+    details = [_quantiles(_counts(np.abs(part)), _DETAILS) for part in (right, down, np.diff(right, axis=2))]
     neighbours = pixels[:, :-2, 1:-1] + pixels[:, 2:, 1:-1] + pixels[:, 1:-1, :-2] + pixels[:, 1:-1, 2:]
     fine = 4 * pixels[:, 1:-1, 1:-1] - neighbours
-    common, whole = np.abs(fine[0] + fine[1] + fine[2]), np.abs(fine[0]) + np.abs(fine[1]) + np.abs(fine[2])
-    medians = [_quantiles(part, (0.5,)) / (4 * LEVELS) for part in (common, whole)]
-    means = [part.mean(keepdims=True).ravel() / (4 * LEVELS) for part in (common, whole)]
+    shared = [_counts(np.abs(fine[0] + fine[1] + fine[2])), _counts(np.abs(fine).sum(0, dtype=np.int16))]
+    medians = [_quantiles(part, (0.5,)) / (4 * LEVELS) for part in shared]
+    means = [part @ np.arange(len(part)) / np.array([part.sum()]) / (4 * LEVELS) for part in shared]
     largest, smallest = (pick(pick(pixels[0], pixels[1]), pixels[2]) for pick in (np.maximum, np.minimum))
-    sums = [[int(part.sum()), int(np.vdot(part, part))] for part in pixels.reshape(3, -1).astype(np.int64)]
+    levels = np.arange(channels.shape[1])
+    totals, squares = channels @ levels, channels @ levels**2
     return np.concatenate(
         [
             np.log(np.concatenate(details) / LEVELS + _FLOOR),
-            _quantiles(pixels, _VALUES) / LEVELS,
-            _quantiles(largest - smallest, _VALUES) / LEVELS,
-            [total / SIDE**2 / LEVELS for total, _ in sums],
-            [math.sqrt(SIDE**2 * squares - total**2) / SIDE**2 / LEVELS for total, squares in sums],
+            _quantiles(channels.sum(0), _VALUES) / LEVELS,
+            _quantiles(_counts(largest - smallest), _VALUES) / LEVELS,
+            totals / SIDE**2 / LEVELS,
+            np.sqrt(SIDE**2 * squares - totals**2) / SIDE**2 / LEVELS,
             *(first / (second + _FLOOR) for first, second in (medians, means)),
         ]
     )
 
 
-def _quantiles(values: np.ndarray, shares: Sequence[float]) -> np.ndarray:
-    """Compute what ``np.quantile`` does of whole numbers from 0 on, by counting: a tenth of the time of sorting."""
-    ranks = np.array(shares) * (values.size - 1)
-    below = np.floor(ranks)
-    upto = np.bincount(values.ravel()).cumsum()  # number of values up to each
-    lower, upper = (np.searchsorted(upto, rank, side="right") for rank in (below, np.ceil(ranks)))
+def _counts(values: np.ndarray) -> np.ndarray:
+    """Count whole numbers from 0 on, by value; those below 256 as Pillow does it, in half the time."""
+    from PIL.Image import frombuffer
+
+    if values.size and values.max() < 256:
+        flat = values.astype(np.uint8).ravel()
+        return np.array(frombuffer("L", (flat.size, 1), flat, "raw", "L", 0, 1).histogram())
+    return np.bincount(values.ravel())
+
+
+def _quantiles(counts: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+    """Compute what ``np.quantile`` does of whole numbers, from their ``_counts``: a tenth of the time of sorting."""
+    upto = counts.cumsum()  # number of values up to each
+    ranks, below, above = _ranks(int(upto[-1]), shares)
+    lower, upper = upto.searchsorted(below, side="right"), upto.searchsorted(above, side="right")
     return lower + (upper - lower) * (ranks - below)
+
+
+@lru_cache(maxsize=64)
+def _ranks(size: int, shares: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ranks of quantiles among so many values, rounded down and up."""
+    ranks = np.array(shares) * (size - 1)
+    return ranks, np.floor(ranks), np.ceil(ranks)
 
 
 def profile_text(picture: Image) -> str:

@@ -7,9 +7,9 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -254,6 +254,8 @@ def redact(value: Any, environment: bool = True, text: Callable[[str], str] | No
     >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}, "proxy": "http://me:pw@host:80"})
     {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}, 'proxy': 'http://***@host:80'}
     """
+    if text is None:  # what is to be masked is read once for all texts
+        text = partial(_mask_secrets, _environment_secrets() if environment else [])
     if isinstance(value, Mapping):
         return {
             key: MASK if is_secret(str(key)) and _is_maskable(item) else redact(item, environment, text)
@@ -261,9 +263,7 @@ def redact(value: Any, environment: bool = True, text: Callable[[str], str] | No
         }
     if isinstance(value, (list, tuple)):
         return [redact(item, environment, text) for item in value]
-    if not isinstance(value, str):
-        return value
-    return redact_text(value, environment) if text is None else text(value)
+    return text(value) if isinstance(value, str) else value
 
 
 def _is_maskable(value: Any) -> bool:
@@ -277,7 +277,12 @@ def redact_text(text: str, environment: bool = True) -> str:
     >>> redact_text("no answer from https://me:pw@host/x?token=abc"), redact_text("model.hub_token=abc limit=3")
     ('no answer from https://***@host/x?token=***', 'model.hub_token=*** limit=3')
     """
-    for secret in _environment_secrets() if environment else ():
+    return _mask_secrets(_environment_secrets() if environment else [], text)
+
+
+def _mask_secrets(secrets: Sequence[str], text: str) -> str:
+    """Mask these values, and whatever looks like a secret."""
+    for secret in secrets:
         text = text.replace(secret, MASK)
     text = _SECRET_VALUE.sub(_mask_value, text)
     for pattern in (_ASSIGNMENT, _FLOW, _HEADER, _YAML_LINE):

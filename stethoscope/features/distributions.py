@@ -6,7 +6,6 @@ What several features share is computed once per trace: ``cached_on_trace``.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -212,9 +211,9 @@ def repetition(trace: Trace) -> np.ndarray:
 
     Lower means hallucinated.
     """
-    counts: Counter[int] = Counter()
+    counts: dict[int, int] = {}
     earlier = []
     for token in trace.answer.token_ids:
-        earlier.append(counts[token])
-        counts[token] += 1
+        earlier.append(counts.get(token, 0))
+        counts[token] = earlier[-1] + 1
     return np.array(earlier)

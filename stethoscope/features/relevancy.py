@@ -245,8 +245,13 @@ def image_tokens(trace: Trace, columns: Iterable[str]) -> str:
         embeds = trace.relevancy.image_embeds
     if embeds is None or not len(embeds):
         return ""
+    return pack_vectors(project_image_tokens(embeds)) if _has_states(tuple(columns)) else ""
+
+
+@lru_cache(maxsize=16)
+def _has_states(columns: tuple[str, ...]) -> bool:
     prefixes = tuple(f"{name}_d" for name, item in FEATURES.items() if item.group in TOKEN_GROUPS)
-    return pack_vectors(project_image_tokens(embeds)) if any(name.startswith(prefixes) for name in columns) else ""
+    return any(name.startswith(prefixes) for name in columns)
 
 
 def project_image_tokens(embeds: Tensor) -> np.ndarray:
