@@ -251,17 +251,24 @@ def overtrust_column(trace: Trace, offset: int) -> np.ndarray:
 # --- attention sinks among the image tokens -------------------------------------------------------------------------
 
 
-@feature("sinks", higher_means="depends", requires=["heads", "states"], rows="both")
+@cached_on_trace
+def _sinks(trace: Trace) -> Tensor:
+    """Mark the image tokens of every token's answer that are attention sinks, (T, L, N), or (1, L, N) of one answer."""
+    sinks = trace.require("states").sinks
+    return sinks[trace.owners] if trace.counts else sinks[None]
+
+
+@feature("sinks", higher_means="depends", requires=["heads", "states"], rows="both", by_row=True)
 def sink_share(trace: Trace, offset: int) -> Tensor:
     """Share, in [0, 1], of the image attention on attention sinks, by layer (Kang et al., ICLR 2025).
 
     Either direction can mean hallucinated; it depends on the model.
     """
     image = trace.select_rows(trace.require("heads").image, offset)
-    return (image * trace.require("states").sinks).sum(-1) / image.sum(-1).clamp(min=1e-12)
+    return (image * _sinks(trace)).sum(-1) / image.sum(-1).clamp(min=1e-12)
 
 
-@feature("sinks", higher_means="grounded", requires=["heads", "states"], rows="both")
+@feature("sinks", higher_means="grounded", requires=["heads", "states"], rows="both", by_row=True)
 def image_without_sinks(trace: Trace, offset: int) -> Tensor:
     """Attention mass on image tokens after removing sinks from the row, in [0, 1], by layer.
 
@@ -270,7 +277,7 @@ def image_without_sinks(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    image, sink = trace.select_rows(trace.require("heads").image, offset), trace.require("states").sinks
+    image, sink = trace.select_rows(trace.require("heads").image, offset), _sinks(trace)
     first = trace.select_rows(trace.require("heads").mass, offset)[..., SEGMENTS.index("first")].mean(-1)
     remaining = 1 - first - (image * sink).sum(-1)
     return (image * ~sink).sum(-1) / remaining.clamp(min=1e-6)

@@ -28,23 +28,31 @@ VISER_TOP, VISER_WEIGHT, VISER_TEMPERATURE, EPSILON = 10, 0.4, 1.0, 1e-8
 
 @cached_on_trace
 def _directions(trace: Trace, part: str, layer: int) -> Tensor:
-    """Return the (N, D) states of tokens divided by their norms.
+    """Return the states of tokens divided by their norms, (B, N, D) of B answers; of the rows (R, D).
 
     Args:
-        trace: of T tokens.
-        part: ``token`` (T + 1 rows), ``image``, ``prompt_end`` (one row) or ``prefix``.
+        trace: of R - B tokens, the rows of B answers.
+        part: ``token`` (the rows), ``image``, ``prompt_end`` (one token of each answer) or ``prefix``.
         layer: of 32; of ``prefix`` always 0.
     """
     states = trace.require("states")
     values = states.prefix if part == "prefix" else getattr(states, part)[of_depth(layer, _depth(trace))]
-    values = values.reshape(-1, values.shape[-1])
+    if part != "token":
+        values = values.reshape(len(trace.counts) or 1, -1, values.shape[-1])
     return values / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 @cached_on_trace
 def _cosines(trace: Trace, layer: int, part: str, other_layer: int) -> Tensor:
-    """Compute the (T + 1, N) cosines, in [-1, 1], of the rows' states to those of other tokens, at layers of 32."""
-    return _directions(trace, "token", layer) @ _directions(trace, part, other_layer).T
+    """Compute the (R, N) cosines, in [-1, 1], of the rows' states to those of other tokens, at layers of 32."""
+    import torch  # listing features needs none
+
+    rows, others = _directions(trace, "token", layer), _directions(trace, part, other_layer)
+    if not trace.counts:
+        return rows @ others[0].T
+    counts = [count + 1 for count in trace.counts]
+    padded = torch.nn.utils.rnn.pad_sequence(rows.split(counts), batch_first=True) @ others.mT
+    return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
 
 
 def _token(trace: Trace, offset: int, layer: int) -> Tensor:
@@ -53,14 +61,14 @@ def _token(trace: Trace, offset: int, layer: int) -> Tensor:
 
 
 def _depth(trace: Trace) -> int:
-    return trace.require("states").sinks.shape[0]
+    return trace.require("states").sinks.shape[-2]
 
 
 def _count(share: float, image: int, fewest: int = 1) -> int:
     return min(max(round(share * image), fewest), image)
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 def patch_consistency(trace: Trace, offset: int) -> Tensor:
     """Mean of the 5 % largest cosines of the token's state to image tokens, in [-1, 1], by layer (CGC).
 
@@ -71,7 +79,7 @@ def patch_consistency(trace: Trace, offset: int) -> Tensor:
     return trace.select_rows(trace.require("states").patch_top, offset)
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 def contextual_lens(trace: Trace, offset: int) -> Tensor:
     """Largest cosine of the token's state to an image token, in [-1, 1], by layer (Contextual Lens).
 
@@ -83,7 +91,7 @@ def contextual_lens(trace: Trace, offset: int) -> Tensor:
     return trace.select_rows(trace.require("states").patch_peak, offset)
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 @cached_on_trace
 def glsim_global(trace: Trace, offset: int) -> Tensor:
     """Cosine of the token's state to that of the last prompt token, in [-1, 1] (GLSim, arXiv 2508.19972).
@@ -95,7 +103,7 @@ def glsim_global(trace: Trace, offset: int) -> Tensor:
     return trace.select_rows(_cosines(trace, 31, "prompt_end", 32), offset)[:, 0]
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 @cached_on_trace
 def glsim_local(trace: Trace, offset: int) -> Tensor:
     """Mean cosine, in [-1, 1], to the image tokens where the token's lens probability is largest (GLSim).
@@ -110,7 +118,7 @@ def glsim_local(trace: Trace, offset: int) -> Tensor:
     return trace.select_rows(_cosines(trace, 31, "image", 32), offset).gather(-1, top).mean(-1)
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 def glsim(trace: Trace, offset: int) -> Tensor:
     """Weighted mean 0.6 ``glsim_global`` + 0.4 ``glsim_local``, in [-1, 1] (GLSim, arXiv 2508.19972).
 
@@ -124,7 +132,7 @@ def glsim(trace: Trace, offset: int) -> Tensor:
 # --- InsLen: evidence in the question tokens -------------------------------------------------------------------
 
 
-@feature("states", higher_means="grounded", requires=["states"])
+@feature("states", higher_means="grounded", requires=["states"], by_row=True)
 @cached_on_trace
 def cafe(trace: Trace) -> Tensor:
     """Largest lens probability of the token over question tokens, in [0, 1] (Cafe of InsLen).
@@ -137,7 +145,7 @@ def cafe(trace: Trace) -> Tensor:
     return trace.require("states").instruction_probability.amax(-1)
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 @cached_on_trace
 def inslen_local(trace: Trace, offset: int) -> Tensor:
     """``cafe`` times the mean of the largest cosines to image tokens, in [-1, 1] (InsLen's local score).
@@ -150,7 +158,7 @@ def inslen_local(trace: Trace, offset: int) -> Tensor:
     return cafe(trace) * cosines.topk(_count(INSLEN_TOP, cosines.shape[-1]), dim=-1).values.mean(-1)
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 @cached_on_trace
 def inslen_context(trace: Trace, offset: int) -> Tensor:
     """Context consistency of InsLen: closeness to the question tokens that predict the token, <= 2.
@@ -160,15 +168,27 @@ def inslen_context(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    probability = trace.require("states").instruction_probability
-    top = probability.topk(min(INSLEN_STATES, probability.shape[-1]), dim=-1)
-    mean = trace.require("states").instruction[of_depth(22, _depth(trace))][top.indices].mean(1)
+    mean, probability = _predicting_question(trace)
     token = _token(trace, offset, 32)
     near = INSLEN_ALPHA - (token - mean).norm(dim=-1) / token.norm(dim=-1).clamp(min=1e-12)
-    return near * top.values.mean(-1)
+    return near * probability
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@cached_on_trace
+def _predicting_question(trace: Trace) -> tuple[Tensor, Tensor]:
+    """Return mean state (T, D) and mean lens probability (T,) of the question tokens with the largest ones."""
+    import torch  # listing features needs none
+
+    probability = trace.require("states").instruction_probability
+    top, count = probability.topk(min(INSLEN_STATES, probability.shape[-1]), dim=-1), probability.shape[-1]
+    states = (
+        trace.require("states").instruction[of_depth(22, _depth(trace))].flatten(0, -2)
+    )  # of one answer after another
+    owners = torch.from_numpy(trace.owners)[:, None]
+    return states[top.indices + owners * count].mean(1), top.values.mean(-1)
+
+
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 def inslen(trace: Trace, offset: int) -> Tensor:
     """Weighted mean 0.4 ``inslen_local`` + 0.6 ``inslen_context``, unit-free (InsLen, arXiv 2605.12258).
 
@@ -180,7 +200,7 @@ def inslen(trace: Trace, offset: int) -> Tensor:
 # --- VisER: evidence in the image against evidence in the text ------------------------------------------------------
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 @cached_on_trace
 def visual_evidence(trace: Trace, offset: int) -> Tensor:
     """Cosine to the last prompt token, gated by image lens probability, in [-1, 1] (VE of VisER, 2026).
@@ -193,7 +213,7 @@ def visual_evidence(trace: Trace, offset: int) -> Tensor:
     return trace.select_rows(_cosines(trace, 32, "prompt_end", 32), offset)[:, 0] * gate
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 @cached_on_trace
 def visual_ratio(trace: Trace, offset: int) -> Tensor:
     """Similarity to the image over that to image and earlier text, in [0, 1] (VR of VisER, 2026).
@@ -203,18 +223,25 @@ def visual_ratio(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    states = trace.require("states")
-    weights = states.image_probability / states.image_probability.sum(-1, keepdim=True).clamp(min=1e-30)
-    image = (weights * trace.select_rows(_cosines(trace, 32, "image", 32), offset).clamp(min=0)).sum(-1)
+    import torch  # listing features needs none
+
+    image = (_image_weights(trace) * trace.select_rows(_cosines(trace, 32, "image", 32), offset).clamp(min=0)).sum(-1)
     near = trace.select_rows(_cosines(trace, 32, "prefix", 0), offset).clamp(min=0)
-    question = states.prefix.shape[0] - len(near)
-    near = near.tril(question - 1)  # only text before the token; the zeros add nothing to the sum
-    top = near.topk(min(VISER_TOP, near.shape[-1]), dim=-1).values.sum(-1)
-    text = top / top.new_tensor([min(VISER_TOP, question + index) for index in range(len(near))])
+    before = torch.from_numpy(trace.positions) + near.shape[-1] - int(trace.positions.max(initial=-1)) - 1
+    later = torch.arange(near.shape[-1]) >= before[:, None]
+    near = near.masked_fill(later, 0.0)  # only text before the token; the zeros add nothing to the sum
+    text = near.topk(min(VISER_TOP, near.shape[-1]), dim=-1).values.sum(-1) / before.clamp(max=VISER_TOP)
     return image / (image + text + EPSILON)
 
 
-@feature("states", higher_means="grounded", requires=["states"], rows="both")
+@cached_on_trace
+def _image_weights(trace: Trace) -> Tensor:
+    """Return the (T, N) lens probabilities of the token at image tokens, normalised to sum 1."""
+    probability = trace.require("states").image_probability
+    return probability / probability.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+@feature("states", higher_means="grounded", requires=["states"], rows="both", by_row=True)
 def viser(trace: Trace, offset: int) -> Tensor:
     """Weighted mean 0.4 ``visual_evidence`` + 0.6 ``visual_ratio``, in [-1, 1] (VisER, 2026).
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.types import Answer
-from stethoscope.tracing.trace import HeadAttention, Trace
+from stethoscope.tracing.trace import HeadAttention, HiddenStates, Trace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,20 +44,21 @@ def _key(trace: Trace) -> Hashable:
 def join(traces: Sequence[Trace]) -> Trace:
     """Join the traces of two answers or more into one, whose rows follow one another.
 
-    It has the parts that features with ``by_row`` read: no ``states`` and ``image_embeds``, and no ``response`` of
-    ``heads``.
+    It has the parts that features with ``by_row`` read: no ``image_embeds``, and no ``response`` of ``heads``.
     """
     import torch  # listing features needs none
 
     ids = [token for trace in traces for token in trace.answer.token_ids]
     answer = Answer("", tuple(ids), ((0, 0),) * len(ids), (0.0,) * len(ids))  # no such feature reads the text
-    parts: dict[str, Any] = {"states": None, "counts": tuple(len(trace.answer.token_ids) for trace in traces)}
+    parts: dict[str, Any] = {"counts": tuple(len(trace.answer.token_ids) for trace in traces)}
     for item in fields(traces[0]):
         values = [getattr(trace, item.name) for trace in traces]
         if isinstance(values[0], torch.Tensor):
             parts[item.name] = torch.cat(values) if item.name != "image_embeds" else None
     if traces[0].heads is not None:
         parts["heads"] = _join_heads([trace.require("heads") for trace in traces])
+    if traces[0].states is not None:
+        parts["states"] = _join_states([trace.require("states") for trace in traces])
     if traces[0].relevancy is not None:
         parts["relevancy"] = _join_relevancy([trace.require("relevancy") for trace in traces])
     return replace(traces[0], answer=answer, **parts)
@@ -77,6 +78,27 @@ def _join_heads(heads: Sequence[HeadAttention]) -> HeadAttention:
 
     parts = {name: torch.cat([getattr(part, name) for part in heads]) for name in ("mass", "image", "top", "peak")}
     return HeadAttention(**parts, response=parts["mass"].new_zeros(0))
+
+
+def _join_states(states: Sequence[HiddenStates]) -> HiddenStates:
+    import torch  # listing features needs none
+
+    def by_answer(name: str) -> dict[int, Tensor]:
+        return {layer: torch.stack([getattr(part, name)[layer] for part in states]) for layer in getattr(first, name)}
+
+    first = states[0]
+    return HiddenStates(
+        patch_top=torch.cat([part.patch_top for part in states]),
+        patch_peak=torch.cat([part.patch_peak for part in states]),
+        sinks=torch.stack([part.sinks for part in states]),
+        token={layer: torch.cat([part.token[layer] for part in states]) for layer in first.token},
+        image=by_answer("image"),
+        instruction=by_answer("instruction"),
+        prompt_end=by_answer("prompt_end"),
+        prefix=torch.nn.utils.rnn.pad_sequence([part.prefix for part in states], batch_first=True),
+        image_probability=torch.cat([part.image_probability for part in states]),
+        instruction_probability=torch.cat([part.instruction_probability for part in states]),
+    )
 
 
 def _join_relevancy(relevancies: Sequence[Relevancy]) -> Relevancy:

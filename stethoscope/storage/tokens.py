@@ -374,12 +374,13 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
     with replacing(path) as file:
         writer: pq.ParquetWriter | None = None
         for table in tables:
-            # hardly a feature has a value twice: a dictionary of values takes half the time and a third of the file
+            # hardly a feature has a value twice: a dictionary of values takes half the time and a third of the file;
+            # with snappy it is a fifth larger than with zstd, in half the time
             keys = [name for name in table.schema.names if name in SCHEMA.names]
             writer = writer or pq.ParquetWriter(
                 file,
                 table.schema,
-                compression="zstd",
+                compression="snappy",
                 use_dictionary=keys,
                 write_statistics=keys,
                 write_page_checksum=True,
