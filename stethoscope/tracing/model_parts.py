@@ -135,11 +135,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def outer_layers(model: nn.Module) -> list[nn.Module]:
     """List the layers of all parts of the model, without layers within layers."""
     layers: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for layer in modules_of(model):
-        if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
-            inside.update(modules_of(layer))
-            layers.append(layer)
+    seen: set[int] = set()
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, GradientCheckpointingLayer):
+            layers.append(module)
+        else:
+            waiting += reversed(module._modules.values())
     return layers
 
 

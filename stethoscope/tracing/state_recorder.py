@@ -71,13 +71,16 @@ class HiddenStateRecorder:
         self._prompt = prompt
         self._lens, self._states, self._image_lens = lens, states, image_lens
         self._counts = [len(ids) for ids in answers]
-        self._rows, most = rows, max(self._counts)
+        most = max(self._counts)
         self._ids = torch.tensor([[*ids, *[0] * (most - len(ids))] for ids in answers], dtype=torch.long)
         self._image = [torch.tensor(span.image, dtype=torch.long) for span in spans]
         self._question = [torch.tensor(span.question or (span.length - 1,)) for span in spans]
         self._ends = torch.tensor([[span.length - 1] for span in spans])
         alike = len({len(tokens) for tokens in self._image}) == len({len(tokens) for tokens in self._question}) == 1
         self._parts = [slice(0, len(spans))] if alike else [slice(index, index + 1) for index in range(len(spans))]
+        self._positions = [
+            (torch.stack(self._image[part]), torch.stack(self._question[part]), rows[part]) for part in self._parts
+        ]
         self._depth = len(lens.layers)
         self._layers = {
             name: {of_depth(layer, self._depth) for layer in layers} for name, layers in KEPT_LAYERS.items()
@@ -111,8 +114,7 @@ class HiddenStateRecorder:
         hidden = hidden.detach()
         if self._prompt:
             hidden = torch.cat([self._prompt[layer], hidden], 1)
-        for part, reduced in zip(self._parts, self._reduced, strict=True):
-            positions = torch.stack(self._image[part]), torch.stack(self._question[part]), self._rows[part]
+        for part, positions, reduced in zip(self._parts, self._positions, self._reduced, strict=True):
             own = hidden[part]
             image, question, token = (take_rows(own, chosen.to(own.device)) for chosen in positions)
             ids = self._ids[part].to(own.device)
