@@ -337,7 +337,8 @@ class WarningStreamer(BaseStreamer):
             for named in new:
                 self._mentions.add(named, spans, self._judge_of_mentions())
         for mention in self._mentions.completed[self._announced :]:
-            if not finished and not self._mentions.is_complete(mention, text):
+            judged_before = self._backtracker is not None and not finished  # in text that is no event yet
+            if judged_before and not self._mentions.is_complete(mention, text):
                 break
             self._announced += 1
             self._add_event(mention)
