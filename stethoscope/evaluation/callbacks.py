@@ -12,7 +12,7 @@ Exceptions raised by a callback abort the run; exceptions raised by a logger are
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.text import console, wrap_streams
 from stethoscope.loggers.base import TablePicture
-from stethoscope.relevancy.heatmaps import heat, raster, relevancy_tiles
-from stethoscope.storage.saved_heatmaps import MAX_SIDE, HeatmapFile
+from stethoscope.relevancy.heatmaps import heat, image_token_tiles, name_attention, raster, relevancy_tiles
+from stethoscope.storage.saved_heatmaps import ATTENTION, MAX_SIDE, RELEVANCY, HeatmapFile
 from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
@@ -253,7 +253,10 @@ class SampleTable(Callback):
 
 
 class SaveHeatmaps(Callback):
-    """Save thumbnails, and the relevancy maps of all mentions where the features require relevancy anyway."""
+    """Save thumbnails and a map of every mention: relevancy if the features read it, or else raw attention.
+
+    No map costs a pass; without attention, or where neither image tokens nor patches form a grid, there are none.
+    """
 
     def __init__(self, pictures: bool = True, side: int = 192, cells: int = 24) -> None:
         """Check the settings.
@@ -274,22 +277,21 @@ class SaveHeatmaps(Callback):
     def on_trace(self, run: RunState, sample: Sample, trace: Trace) -> None:
         """Save the maps of one answer before its record is on disk, because maps without a record do no harm."""
         answer = trace.answer
-        first_tokens = [
-            answer.covering(mention.start, mention.end)[:1] for mention in run.task.label_mentions(sample, answer)
-        ]
-        tokens = sorted({token for mention_tokens in first_tokens for token in mention_tokens})
-        if run.store is None or not tokens:
+        named = [answer.covering(mention.start, mention.end) for mention in run.task.label_mentions(sample, answer)]
+        last_tokens = {tokens[0]: tokens[-1] for tokens in named if tokens}
+        if run.store is None or not last_tokens:
             return
         try:
             picture = sample.image.load()
         except DataError:  # removed since the question was asked; the run goes on without its map
             return
-        maps = self._maps(run, trace, picture.size, tokens)
+        shows = ATTENTION if trace.relevancy is None else RELEVANCY
+        maps = self._maps(run, trace, picture.size, dict(sorted(last_tokens.items())))
         if maps or self.pictures:
             small = picture.copy() if self.pictures else None
             if small is not None:
                 small.thumbnail((self.side, self.side))
-            HeatmapFile(run.store.run_dir).append(run.task.name, sample.id, answer, small, maps)
+            HeatmapFile(run.store.run_dir).append(run.task.name, sample.id, answer, small, maps, shows)
 
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
         """Remove the earlier maps of samples that were traced again."""
@@ -297,16 +299,22 @@ class SaveHeatmaps(Callback):
             HeatmapFile(run.store.run_dir).compact()
 
     def _maps(
-        self, run: RunState, trace: Trace, size: tuple[int, int], tokens: Sequence[int]
+        self, run: RunState, trace: Trace, size: tuple[int, int], last_tokens: Mapping[int, int]
     ) -> dict[int, np.ndarray]:  # fmt: skip
-        """Compute uint8 maps of some tokens; none without relevancy, or where it maps to no image region."""
-        relevancy = trace.relevancy
-        if relevancy is None:
+        """Compute uint8 maps by the first token of a mention, whose last one is given; none if there is no grid."""
+        relevancy, attention, tokens = trace.relevancy, trace.image_attention, list(last_tokens)
+        if relevancy is None and attention is None:
             return {}
-        tiles = 0 if relevancy.tiles is None else relevancy.tiles.shape[2]
+        tiles = 0 if relevancy is None or relevancy.tiles is None else relevancy.tiles.shape[2]
         regions = token_regions(run.adapter, size, trace.spans, tiles)
         try:
-            values, boxes = relevancy_tiles(relevancy, regions, bool(regions.grids), (list(tokens), -1))
+            if relevancy is not None:
+                values, boxes = relevancy_tiles(relevancy, regions, bool(regions.grids), (tokens, -1))
+            elif attention is not None and regions.grids:
+                named = name_attention(attention.numpy(), list(last_tokens.values()))
+                values, boxes = image_token_tiles(named, regions)
+            else:
+                return {}
         except CapabilityError:
             return {}
         shape = raster(size, self.cells)

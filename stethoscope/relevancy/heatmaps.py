@@ -128,6 +128,27 @@ def one_grid(
     return heat(tiles, boxes, size, raster(size, cells)), (0.0, 0.0, float(size[0]), float(size[1]))
 
 
+def name_attention(attention: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """Compute where names in an answer attend in the image, from raw attention alone.
+
+    Read in the row at the name's own position, which has read it and does not only predict it, as the excess over the
+    mean of the answer's rows, which takes away what draws attention whatever is said (sinks); of the layer with the
+    largest excess on one image token, as others look elsewhere. ``docs/relevancy.md`` has how often it points at the
+    object. Source: this project; there is no paper.
+
+    Args:
+        attention: (T, L, N) of the rows that predict the answer's tokens to the image tokens, mean over heads.
+        tokens: K answer tokens, the last ones of names. The last token of an answer has no row of its own here; that
+            which predicts it is read.
+
+    Returns:
+        (K, N), at least 0.
+    """
+    own = np.minimum(np.asarray(tokens, dtype=int) + 1, len(attention) - 1)
+    excess = (attention[own] - attention.mean(0)).clip(min=0)
+    return np.stack([layers[layers.max(-1).argmax()] for layers in excess])
+
+
 def image_token_tiles(values: np.ndarray, regions: TokenRegions) -> tuple[list[np.ndarray], list[Box | None]]:
     """Arrange values of image tokens as tiles.
 

@@ -18,6 +18,7 @@ from stethoscope.loggers.base import Marked, TablePicture
 from stethoscope.report import curves
 from stethoscope.report.run_source import RunReader
 from stethoscope.report.tables import Table
+from stethoscope.storage.saved_heatmaps import CAPTIONS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -53,6 +54,7 @@ class Example:
         evidence, prior: log-odds that add up to those of the probability; None if the detector cannot split them.
         image: RGB; None if it is not available.
         heatmap: the image under the heat map of the mention; None if the run saved no heat map.
+        shows: what the heat map shows, of ``saved_heatmaps.CAPTIONS``; empty without one.
     """
 
     kind: str
@@ -65,6 +67,7 @@ class Example:
     prior: float | None
     image: Image | None = field(default=None, repr=False, compare=False)
     heatmap: Image | None = field(default=None, repr=False, compare=False)
+    shows: str = ""
 
     @property
     def text(self) -> str:
@@ -74,7 +77,7 @@ class Example:
     @property
     def images(self) -> list[tuple[Image, str]]:
         """List the images with their captions."""
-        pairs = [(self.image, self.sample_id), (self.heatmap, f"what {self.object} was written from")]
+        pairs = [(self.image, self.sample_id), (self.heatmap, CAPTIONS.get(self.shows, "").format(self.object))]
         return [(image, caption) for image, caption in pairs if image is not None]
 
 
@@ -119,9 +122,9 @@ def read_examples(
 def _read_example(source: RunReader, kind: str, row: dict, image_source: ImageSource | None) -> Example:
     record = source.record(row["sample_id"])
     text = record.answer.text if record is not None and record.answer is not None else ""
-    image, heatmap = None, None
+    image, heatmap, shows = None, None, ""
     if record is not None and image_source is not None:
-        image, heatmap = _images(source, record, row, image_source)
+        image, heatmap, shows = _images(source, record, row, image_source)
     warned = source.warnings["warned"].astype(bool)
     same_answer = source.warnings[(source.warnings["sample_id"] == row["sample_id"]) & warned]
     others = [(int(start), int(end)) for start, end in zip(same_answer["start"], same_answer["end"], strict=True)]
@@ -137,18 +140,20 @@ def _read_example(source: RunReader, kind: str, row: dict, image_source: ImageSo
         prior=float(row["prior"]) if has_log_odds else None,
         image=image,
         heatmap=heatmap,
+        shows=shows,
     )
 
 
 def _images(
     source: RunReader, record: Record, row: dict, image_source: ImageSource
-) -> tuple[Image | None, Image | None]:
-    """Read the image, and draw the image under the mention's heat map."""
+) -> tuple[Image | None, Image | None, str]:
+    """Read the image, draw it under the mention's heat map, and say what that shows."""
     media = source.saved_media(record)
     image = media.picture if media is not None and media.picture is not None else image_source(record)
     if media is None or image is None:
-        return image, None
-    return image, replace(media, picture=image).overlay(int(row["token"]), SIDE)
+        return image, None, ""
+    heatmap = replace(media, picture=image).overlay(int(row["token"]), SIDE)
+    return image, heatmap, "" if heatmap is None else media.shows
 
 
 def cut_answer(text: str, mention: tuple[int, int], others: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:

@@ -32,6 +32,7 @@ from stethoscope.report.plots import Curve, Plot
 from stethoscope.report.run_source import SHOWN_TASK_SHAPE, Importance, RunReader, importances
 from stethoscope.report.tables import Cell, PairedDifference, Table
 from stethoscope.storage.run_dir import REMEDIES
+from stethoscope.storage.saved_heatmaps import DESCRIPTIONS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -202,8 +203,9 @@ def _warning_sections(source: RunReader, examples: int, image_source: ImageSourc
     if features:
         sections.append(_importance_section(features))
     lead = "The mention is boxed; other warned mentions of the answer are underlined."
-    if any(mention.heatmap is not None for mention in mentions):
-        lead += " The second picture is what the name was written from: relevancy after the last layer, red for most."
+    descriptions = [text for kind, text in DESCRIPTIONS.items() if kind in {mention.shows for mention in mentions}]
+    if descriptions:
+        lead += f" The second picture shows, red for most, {'; or '.join(descriptions)}."
     table = (example_table(mentions),) if mentions else ()
     return [*sections, Section("mentions to look at", folded=table, cards=example_cards(mentions), lead=lead)]
 

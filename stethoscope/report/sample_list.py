@@ -22,6 +22,7 @@ from stethoscope.report.metrics_tables import task_title
 from stethoscope.report.run_source import RunReader, readable
 from stethoscope.storage.records import Record
 from stethoscope.storage.sample_notes import NOTES, Note, read_notes
+from stethoscope.storage.saved_heatmaps import CAPTIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -386,7 +387,7 @@ def _picture(run: RunExport, record: Record) -> Image | None:
 
 
 def _heatmaps(run: RunExport, record: Record) -> dict[str, Any]:
-    """Return the heat maps of a record by the first character of their mention, and their shape."""
+    """Return the heat maps of a record by the first character of their mention, their shape and their caption."""
     media = run.media(record) if run.settings.pictures else None
     if media is None or record.answer is None:
         return {}
@@ -396,4 +397,10 @@ def _heatmaps(run: RunExport, record: Record) -> dict[str, Any]:
         for token, values in media.maps.items()
         if token in starts
     }
-    return {"shape": list(next(iter(media.maps.values())).shape), "values": maps} if maps else {}
+    if not maps:
+        return {}
+    return {
+        "shape": list(next(iter(media.maps.values())).shape),
+        "caption": CAPTIONS[media.shows].split("{}"),
+        "values": maps,
+    }

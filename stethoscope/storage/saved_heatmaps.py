@@ -1,7 +1,8 @@
 """Store small pictures and heat maps in a run directory, so that reports need neither the model nor the data.
 
-``maps.jsonl`` has a line for every traced answer that names an object: the picture, small, and one relevancy map for
-every mention. Lines are only appended during a run, and the last line of a sample counts. Reading imports no torch.
+``maps.jsonl`` has a line for every traced answer that names an object: the picture, small, one map for every mention,
+and what these maps show. Lines are only appended during a run, and the last line of a sample counts. Reading imports no
+torch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
     from stethoscope.storage.records import Record
 
 MAX_SIDE = 2048  # pixels of a stored picture; a larger one was not written by us
+RELEVANCY, ATTENTION = "relevancy", "attention"
+CAPTIONS = {RELEVANCY: "what {} was written from", ATTENTION: "where {} attends"}
+"""Captions of a mention's map, by what it shows."""
+DESCRIPTIONS = {
+    RELEVANCY: "what the name was written from: relevancy after the last layer",
+    ATTENTION: "where the name attends: raw attention of its own position, of the layer in which that most exceeds the "
+    "attention of the answer's other positions",
+}
+"""Explanations of the maps, by what they show."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +50,14 @@ class SavedMedia:
 
     Attributes:
         picture: RGB, small; None where the run stores no pictures.
-        maps: by answer token (the first of a mention) its relevancy over the picture after the last layer, uint8
-            (rows, columns), where 255 is the map's own maximum.
+        maps: by answer token (the first of a mention) its map over the picture, uint8 (rows, columns), where 255 is the
+            map's own maximum.
+        shows: what the maps show, of ``CAPTIONS``.
     """
 
     picture: Image | None
     maps: Mapping[int, np.ndarray] = field(default_factory=dict)
+    shows: str = RELEVANCY
 
     def overlay(self, token: int, width: int = 320) -> Image | None:
         """Draw a token's heat map over the picture, at least ``width`` pixels wide; None where either is missing."""
@@ -64,7 +76,13 @@ class HeatmapFile:
         self._state: tuple[int, int] | None = None
 
     def append(
-        self, task: str, sample_id: str, answer: Answer, picture: Image | None, maps: Mapping[int, np.ndarray]
+        self,
+        task: str,
+        sample_id: str,
+        answer: Answer,
+        picture: Image | None,
+        maps: Mapping[int, np.ndarray],
+        shows: str = RELEVANCY,
     ) -> None:
         """Append a line.
 
@@ -74,12 +92,14 @@ class HeatmapFile:
             answer: that the maps belong to.
             picture: small, or None.
             maps: uint8 (rows, columns), all of one shape, by answer token.
+            shows: what they show, of ``CAPTIONS``.
         """
         line = {
             "task": task,
             "sample_id": sample_id,
             "answer": _digest(answer),
             "picture": "" if picture is None else _base64(_jpeg(picture)),
+            "shows": shows,
             "shape": list(next(iter(maps.values())).shape) if maps else [],
             "maps": {str(token): _base64(values.tobytes()) for token, values in maps.items()},
         }
@@ -158,4 +178,7 @@ def _decode(values: Mapping[str, Any]) -> SavedMedia:
         int(token): np.frombuffer(base64.b64decode(text, validate=True), np.uint8).reshape(shape)
         for token, text in values["maps"].items()
     }
-    return SavedMedia(picture, maps)
+    shows = values.get("shows", RELEVANCY)  # which older files do not say
+    if not isinstance(shows, str) or shows not in CAPTIONS:
+        raise ValueError(f"maps that show {shows!r:.40}")
+    return SavedMedia(picture, maps, shows)

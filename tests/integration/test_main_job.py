@@ -15,6 +15,8 @@ from stethoscope.cli import main
 from stethoscope.core.component import choices
 from stethoscope.core.token_table import feature_names, mention_rows
 from stethoscope.detection import leaderboard
+from stethoscope.report.examples import read_examples
+from stethoscope.report.run_source import RunReader
 from stethoscope.storage.run_dir import RunStore
 
 LIMIT = 120
@@ -36,7 +38,7 @@ def finished(tmp_path_factory, few_shuffles):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with pytest.raises(SystemExit) as end:
-            main(["benchmark", f"limit={LIMIT}", "name=small", "callbacks=none"])
+            main(["benchmark", f"limit={LIMIT}", "name=small"])
     assert end.value.code == 0
     return folder / "runs" / "small"
 
@@ -52,7 +54,8 @@ def test_the_run_directory_is_complete(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".lock")}
     assert names == {
         "config.yaml", "overrides.yaml", "environment.json", "fingerprint.json", "status.json", "planned.json",
-        "samples.jsonl", "tokens.parquet", "metrics.json", "warnings.jsonl", "events.jsonl", "detector", "wandb",
+        "samples.jsonl", "tokens.parquet", "metrics.json", "warnings.jsonl", "events.jsonl", "maps.jsonl", "detector",
+        "wandb",
     }  # fmt: skip
     assert {path.name for path in (finished / "detector").iterdir()} == {
         "README.md",
@@ -112,7 +115,7 @@ def test_wandb_can_group_and_sort_by_every_setting(finished):
     assert run.config["choices"]["detector"] == "logistic"
     assert run.config["choices"]["features"] == "default"
     assert (run.config["seed"], run.config["command"], run.config["limit"]) == (0, "benchmark", LIMIT)
-    assert run.config["overrides"] == [f"limit={LIMIT}", "name=small", "callbacks=none"]
+    assert run.config["overrides"] == [f"limit={LIMIT}", "name=small"]
     assert run.config["detector"]["_target_"] == "stethoscope.detection.detector.Detector"
     assert run.config["chair"]["source"] == "testbed"  # as given, and what became of it
     assert run.config["chair"]["task"]["version"]
@@ -153,12 +156,31 @@ def test_warnings_are_the_saved_detectors_own(finished):
     assert np.mean(agreements) > 0.9  # the rest are synonyms
 
 
+def test_people_can_look_at_a_default_run(copy, tmp_path, stethoscope):
+    """No feature of it needs a backward pass; report and gallery show where every name attends, and say so."""
+    stethoscope("report", copy, code=0)
+    captions = re.findall('alt="([^"]*)"', (copy / "report.html").read_text())
+    assert len(captions) > 8
+    assert all(re.fullmatch("where [a-z ]+ attends", caption) for caption in captions[1::2])
+    stethoscope("export", f"run={copy}", "to=html", f"out={tmp_path / 'public'}", code=0)
+    page = (tmp_path / "public" / "index.html").read_text()
+    rows = json.loads(page.partition('id="data">')[2].partition("</script>")[0])["rows"]
+    named = [row for row in rows if row["mentions"]]
+    assert len(named) > LIMIT / 2
+    for row in named:
+        assert row["maps"]["caption"] == ["where ", " attends"]
+        assert {str(mention[3]) for mention in row["mentions"]} <= set(row["maps"]["values"])
+    examples = read_examples(RunReader.read(copy), 3)
+    assert {example.shows for example in examples} == {"attention"}
+    assert all(example.images[1][1] == f"where {example.object} attends" for example in examples)  # as W&B has it
+
+
 @pytest.mark.slow
 def test_the_same_command_does_nothing_again(copy, tmp_path, stethoscope):
     before = json.loads((copy / "metrics.json").read_text())
     (tmp_path / "runs").mkdir()
     copy.rename(tmp_path / "runs" / "small")
-    stethoscope("benchmark", f"limit={LIMIT}", "name=small", "callbacks=none", "logger=none", code=0)
+    stethoscope("benchmark", f"limit={LIMIT}", "name=small", "logger=none", code=0)
     assert json.loads((tmp_path / "runs" / "small" / "metrics.json").read_text()) == before
 
 

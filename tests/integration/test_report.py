@@ -70,6 +70,7 @@ def test_the_page_needs_no_network_and_shows_pictures(finished, tmp_path, stetho
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert page.tags.count("svg") == 6
     assert page.tags.count("img") == 2 * page.tags.count("article") > 4  # each with its heat map
+    assert "what the name was written from: relevancy after the last layer." in " ".join(page.words)
     stethoscope("report", finished / "greedy", "out=plain", "pictures=false", "cases=1", code=0)
     page = Page((tmp_path / "plain" / "report.html").read_text())
     assert "img" not in page.tags
@@ -83,7 +84,8 @@ def test_pictures_are_those_that_the_run_has_kept(copy, stethoscope):
         view = file.find(record)
         if view is not None:
             hot = {token: np.eye(8, dtype=np.uint8) * 255 for token in view.maps}
-            file.append("chair", record.sample_id, record.answer, Image.new("RGB", (96, 96), (0, 128, 0)), hot)
+            picture = Image.new("RGB", (96, 96), (0, 128, 0))
+            file.append("chair", record.sample_id, record.answer, picture, hot, "attention")
     stethoscope("report", copy, code=0)
     page = Page((copy / "report.html").read_text())
     images = [address for address in page.addresses if address.startswith("data:")]
@@ -94,7 +96,11 @@ def test_pictures_are_those_that_the_run_has_kept(copy, stethoscope):
         cells = heat[side // 16 :: side // 8, side // 16 :: side // 8]
         red = cells[..., 0] > 80
         assert red.tolist() == np.eye(8, dtype=bool).tolist()
-    assert "red for most" in " ".join(page.words)
+    lead = next(text for text in page.words if "red for most" in text)
+    assert "where the name attends: raw attention" in lead
+    assert "relevancy" not in lead
+    captions = re.findall('alt="([^"]*)"', (copy / "report.html").read_text())[1::2]
+    assert all(re.fullmatch("where [a-z ]+ attends", caption) for caption in captions)
 
 
 def test_a_run_that_has_kept_nothing_shows_the_pictures_of_its_task(finished, tmp_path, stethoscope):

@@ -200,7 +200,7 @@ function answerText(row, side) { // with the mention marked that is looked at
   return words;
 }
 
-function heatmap(row, text, width, height, source) { // the picture under a mention's relevancy, drawn as the report does
+function heatmap(row, text, width, height, source) { // the picture under a mention's map, drawn as the report does
   const [high, wide] = row.maps.shape, sheet = make("canvas"), canvas = make("canvas"), small = new ImageData(wide, high);
   const values = Uint8Array.from(atob(row.maps.values[opened.start]), (letter) => letter.charCodeAt(0)), top = Math.max(...values) || 1;
   values.forEach((value, cell) => {
@@ -231,7 +231,7 @@ function detail(row) { // on a static page: the picture, the heat map of a menti
     image.src = page.pictures[row.picture];
     box.append(figure(image, row.sample));
     if (mention && row.maps.values && row.maps.values[mention[3]]) {
-      const text = `what ${mention[0]} was written from`, place = figure("", text);
+      const text = row.maps.caption.join(mention[0]), place = figure("", text);
       image.decode().then(() => place.prepend(heatmap(row, text, image.naturalWidth, image.naturalHeight, image)));
       box.append(place);
     }

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import stethoscope
@@ -43,6 +44,7 @@ def test_maps_are_the_relevancy_of_the_first_token_of_every_mention(folder, adap
     assert len((folder / "maps.jsonl").read_text().splitlines()) == SCENES
     for record in RunStore(folder).records("chair"):
         view, picture = HeatmapFile(folder).find(record), scenes[record.sample_id].image()
+        assert view.shows == "relevancy"
         rows = table[(table["sample_id"] == record.sample_id) & table["is_first_subtoken"]]
         assert sorted(view.maps) == sorted(rows["token"])
         relevancy = token_relevancy(adapter, picture, record.question, record.answer)
@@ -56,6 +58,45 @@ def test_maps_are_the_relevancy_of_the_first_token_of_every_mention(folder, adap
         token = next(iter(view.maps))
         assert view.overlay(token, 200).width >= 200
         assert view.overlay(10_000) is None
+
+
+def attention_of_names(adapter, scene, record, last):
+    """The map of the name that ends at token ``last``, from all maps of one eager pass, layer by layer, row by row."""
+    encoded = adapter.encode(scene.image(), record.question)
+    model, inputs = adapter.forward_inputs(encoded, record.answer.token_ids)
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            layers = [layer[0].mean(0) for layer in model(**inputs, output_attentions=True).attentions]
+    finally:
+        model.set_attn_implementation(usual)
+    start, count, image = encoded.spans.length, len(record.answer.token_ids), list(encoded.spans.image)
+    excesses = []
+    for layer in layers:  # row start - 1 predicts the first token, row start is the first token's own
+        usually = sum(layer[start - 1 + row, image] for row in range(count)) / count
+        excesses.append((layer[start + last, image] - usually).clamp(min=0))
+    return max(excesses, key=lambda excess: float(excess.max())).reshape(8, 8).numpy()
+
+
+def test_without_relevancy_the_maps_are_the_attention_of_the_names(tmp_path, adapter):
+    scenes = {scene.id: scene for scene in testbed.scenes(8)}
+    features = FeatureSet(groups=["attention"])
+    Evaluator([SaveHeatmaps()], features=features, run_dir=tmp_path).run(adapter, Chair(scenes=8))
+    names = []
+    for record in RunStore(tmp_path).records("chair"):
+        view = HeatmapFile(tmp_path).find(record)
+        assert view.shows == "attention"
+        for mention in record.mentions:
+            tokens = record.answer.covering(mention.start, mention.end)
+            wanted = attention_of_names(adapter, scenes[record.sample_id], record, tokens[-1])
+            assert np.abs(view.maps[tokens[0]] / 255 - wanted / wanted.max()).max() < 0.01
+            names.append(len(tokens))
+    assert max(names) > 1  # some name has several tokens
+    line = json.loads((tmp_path / "maps.jsonl").read_text().splitlines()[0])
+    del line["shows"]  # as older versions wrote it
+    (tmp_path / "maps.jsonl").write_text(json.dumps(line) + "\n")
+    assert HeatmapFile(tmp_path).find(next(RunStore(tmp_path).records("chair"))).shows == "relevancy"
 
 
 def test_maps_of_another_answer_or_sample_are_none(folder):
@@ -158,7 +199,7 @@ def test_what_is_damaged_is_one_line(tmp_path):
     line = json.loads(file.path.read_text())
     for change in (
         {"picture": "AAAA"}, {"shape": 2}, {"shape": [3, 3]}, {"shape": [4]}, {"shape": [-1, 2]},
-        {"maps": {"x": "AAAA"}}, {"maps": [1]},
+        {"maps": {"x": "AAAA"}}, {"maps": [1]}, {"shows": "gradients"}, {"shows": []},
     ):  # fmt: skip
         file.path.write_text(json.dumps({**line, **change}) + "\n")
         with pytest.raises(ArtefactError, match="of s is damaged"):
