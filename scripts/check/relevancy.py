@@ -1,19 +1,26 @@
-"""Check whether relevancy points at the named object, on the embedded scenes, where every box is known.
+"""Check whether maps point at the named object, on the embedded scenes, where every box is known.
 
-    python scripts/check/relevancy.py                      # the scenes that the shipped model is judged on
-    python scripts/check/relevancy.py --scenes 100
+    python scripts/check/relevancy.py                      # scenes that neither the model nor its detector has seen
+    python scripts/check/relevancy.py --scenes 60 --token  # relevancy in scope token beside it, the paper's definition
 
-For the first mention of every object in a caption, the relevancy of the token that begins its name is read on the
-patches, after the last layer; "mean" and "best" are raw attention to the image tokens: the mean of all layers and
-heads, and the single head that points best at the object itself. Printed with 95 % intervals over images:
+For the first mention of every object in a caption, these maps over the image tokens are read:
 
-    pointing   share of mentions whose most relevant patch has its centre inside the box
-    mass       share of the relevancy inside the box, divided by the box's share of the picture (1 is chance)
+    row        relevancy of the token that begins the name, after the last layer, on the patches; and token
+    mean       raw attention of the row that predicts that token, mean of all layers and heads
+    head       the same of the single head that points best at the object on further pictures, a quarter as many
+    layer      raw attention of the row of the name itself, of the layer that points best on these further pictures
+    name       what runs without relevancy save: ``relevancy.heatmaps.name_attention``
+    detector   where the detector sees the object (``Detector.locate``), if it reads image tokens
+
+Printed with 95 % intervals over images:
+
+    pointing   share of mentions whose strongest patch has its centre inside the box
+    mass       share of the map inside the box, divided by the box's share of the picture (1 is chance)
 
 against the box of the object itself (right mentions) and, as a control, against the box of another object that the
-picture shows (right and hallucinated mentions). Last, how far the default scope ``row`` is from ``token``, the paper's
-definition: correlation of the two maps, mentions with the same most relevant patch, and L1 distance of the maps
-as a share of the sum of the map in scope ``token``.
+picture shows (right and hallucinated mentions). Last, with ``--token``, how far the default scope ``row`` is from
+``token``: correlation of the two maps, mentions with the same most relevant patch, and L1 distance of the maps as a
+share of the sum of the map in scope ``token``.
 """
 
 from __future__ import annotations
@@ -28,11 +35,11 @@ import torch
 
 import stethoscope
 from stethoscope import testbed
-from stethoscope.core.types import Generation
-from stethoscope.diagnosis.layers_pass import read_attention
+from stethoscope.core.types import required
+from stethoscope.detection.detector import Detector
 from stethoscope.metrics.bootstrap import bootstrap
 from stethoscope.relevancy import answer_relevancy
-from stethoscope.tasks.chair import mentions
+from stethoscope.relevancy.heatmaps import name_attention
 from stethoscope.testbed import Scene
 
 QUESTION = "Please describe this image in detail."
@@ -77,65 +84,96 @@ def inside(heat: np.ndarray, box: tuple[float, float, float, float]) -> tuple[fl
     return float(hit), float((heat * share).sum() / max(heat.sum(), 1e-12) / area)
 
 
-def judged(scene: Scene, adapter: Any, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Yield a row for every first mention, scope and box."""
-    encoded = adapter.encode(scene.image(), QUESTION)
-    [answer] = adapter.generate([encoded], Generation(max_new_tokens=128))
-    first: dict[str, int] = {}
-    for name, start, end in mentions(answer.text):
-        first.setdefault(name, answer.covering(start, end)[0])
+def heatmaps(adapter: Any, scene: Scene, detector: Detector, token: bool) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Return the names of the objects that a caption names, and by kind their maps, (names, rows, columns)."""
+    diagnosis = stethoscope.diagnose(adapter, scene.image(), QUESTION, detector=detector)
+    first: dict[str, tuple[int, ...]] = {}
+    for mention in diagnosis.mentions:
+        first.setdefault(mention.object, mention.tokens)
+    relevancy, attention = required(diagnosis.relevancy), required(diagnosis.attention)
+    tokens, last = [tokens[0] for tokens in first.values()], [tokens[-1] for tokens in first.values()]
     if not first:
-        return
-    tokens, visible = list(first.values()), boxes(scene)
-    heats = {}
-    for scope in ("row", "token"):
-        relevancy = answer_relevancy(adapter, encoded, answer, scope=scope, layers="final", tokens=tokens)
-        heats[scope] = relevancy.patches[:, 0].double().numpy()
-    attention = read_attention(adapter, encoded, answer, tokens)
-    side = heats["row"].shape[1:]
-    single = attention.heads.double().numpy()
-    heats["mean"] = attention.mean[tokens].mean(1).double().numpy().reshape(-1, *side)
-    for layer, head in np.ndindex(*attention.heads.shape[1:3]):
-        heats[f"l{layer:02d}h{head:02d}"] = single[:, layer, head].reshape(-1, *side)
-    for index, name in enumerate(first):
+        return [], {}
+    heats = {"row": required(relevancy.patches)[tokens, -1].double().numpy()}
+    if token:
+        encoded = adapter.encode(scene.image(), QUESTION)
+        exact = answer_relevancy(adapter, encoded, diagnosis.answer, scope="token", layers="final", tokens=tokens)
+        heats["token"] = required(exact.patches)[:, 0].double().numpy()
+    means, side = attention.mean.double().numpy(), heats["row"].shape[1:]
+    heats["mean"] = means[tokens].mean(1)
+    heats["name"] = name_attention(means, last)
+    if set(first) <= set(diagnosis.seen):
+        heats["detector"] = np.stack([diagnosis.seen[name] for name in first])
+    held = attention.heads[[attention.tokens.index(index) for index in tokens]].double().numpy()
+    for layer, head in np.ndindex(*held.shape[1:3]):
+        heats[f"head l{layer:02d}h{head:02d}"] = held[:, layer, head]
+    for layer in range(means.shape[1]):
+        heats[f"layer l{layer:02d}"] = means[np.minimum(np.array(last) + 1, len(means) - 1), layer]
+    return list(first), {kind: values.reshape(-1, *side) for kind, values in heats.items()}
+
+
+def judged(
+    scene: Scene, adapter: Any, detector: Detector, rng: np.random.Generator, token: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for every first mention, kind of map and box."""
+    visible = boxes(scene)
+    names, heats = heatmaps(adapter, scene, detector, token)
+    for index, name in enumerate(names):
         others = [other for other in visible if other != name]
-        kind = "right" if name in visible else "hallucinated"
+        about: dict[str, Any] = {"image": scene.id, "name": name}
+        about["mention"] = "right" if name in visible else "hallucinated"
         targets = {"its own": name if name in visible else None, "another": rng.choice(others) if others else None}
-        row, token = (heats[scope][index].ravel() for scope in ("row", "token"))
-        gap = {
-            "alike": float(np.corrcoef(row, token)[0, 1]),
-            "same_patch": float(row.argmax() == token.argmax()),
-            "distance": float(np.abs(row - token).sum() / max(token.sum(), 1e-12)),
-        }
-        for scope, heat in heats.items():
+        if token:
+            row, exact = (heats[kind][index].ravel() for kind in ("row", "token"))
+            about["alike"] = float(np.corrcoef(row, exact)[0, 1])
+            about["same_patch"] = float(row.argmax() == exact.argmax())
+            about["distance"] = float(np.abs(row - exact).sum() / max(exact.sum(), 1e-12))
+        for kind, heat in heats.items():
             for box, target in targets.items():
                 if target is not None:
                     hit, mass = inside(heat[index], visible[target])
-                    about = {"image": scene.id, "mention": kind, "box": box, "scope": scope}
-                    yield {**about, "pointing": hit, "mass": mass, **gap, "name": name}
+                    yield {**about, "box": box, "map": kind, "pointing": hit, "mass": mass, "peak": heat[index].max()}
+
+
+def with_best(table: pd.DataFrame, further: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a table with one head and one layer, those that point best on further pictures."""
+    own = further[further["box"] == "its own"].groupby("map")["pointing"].mean()
+    best = {str(own[own.index.str.startswith(kind)].idxmax()): kind for kind in ("head", "layer")}
+    print(f"chosen on {further['image'].nunique()} further pictures: {', '.join(best)}")
+    table = table.replace({"map": best})
+    return table[~table["map"].str.match("(head|layer) ")]
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=300, help="number of scenes (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=3000, help="index of the first scene (default: %(default)s)")
+    parser.add_argument("--token", action="store_true", help="relevancy in scope token too, most of the time")
+    parser.add_argument("--detector", default=str(testbed.DETECTOR_DIR), help="its folder (default: the shipped one)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     adapter, rng = stethoscope.load("testbed"), np.random.default_rng(0)
-    table = pd.DataFrame([row for scene in testbed.scenes(options.scenes) for row in judged(scene, adapter, rng)])
-    own = table[table["scope"].str.match("l\\d") & (table["box"] == "its own")]
-    best = str(own.groupby("scope")["pointing"].mean().idxmax())
-    table = table[table["scope"].isin(["row", "token", "mean", best])].replace({"scope": {best: "best"}})
-    print(f"the best head is {best}")
+    detector = Detector.load(options.detector)
+    count = options.scenes
+    scenes = testbed.scenes(options.first + count + max(count // 4, 1))[options.first :]
+    tables = [
+        pd.DataFrame([row for scene in part for row in judged(scene, adapter, detector, rng, token)])
+        for part, token in ((scenes[:count], options.token), (scenes[count:], False))
+    ]
+    table = with_best(*tables)
     mean = lambda labels, scores, weights: (weights * scores).sum(-1) / weights.sum(-1)  # noqa: E731
-    print(f"{'mention':<13} {'box':<8} {'scope':<6} {'n':>5}  {'pointing':<22} mass")
-    for (mention, box, scope), rows in table.groupby(["mention", "box", "scope"]):
+    print(f"{'mention':<13} {'box':<8} {'map':<9} {'n':>5}  {'pointing':<22} mass")
+    for (mention, box, kind), rows in table.groupby(["mention", "box", "map"]):
         pointing, mass = (
             bootstrap(mean, rows["pointing"].to_numpy(), rows[name].to_numpy(), rows["image"].to_numpy())
             for name in ("pointing", "mass")
         )
-        print(f"{mention:<13} {box:<8} {scope:<6} {len(rows):>5}  {pointing!s:<22} {mass}")
+        peak = f"  median of the largest value {rows['peak'].median():.3f}" if kind == "detector" else ""
+        print(f"{mention:<13} {box:<8} {kind:<9} {len(rows):>5}  {pointing!s:<22} {mass}{peak}")
+    if not options.token:
+        return
     gaps = table.drop_duplicates(["image", "name"])
     alike, distance = gaps["alike"], gaps["distance"]
     print(f"correlation of the two scopes' maps: median {alike.median():.3f}, lowest tenth {alike.quantile(0.1):.3f}")

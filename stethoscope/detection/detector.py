@@ -15,7 +15,14 @@ from sklearn.base import BaseEstimator
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, first_line, wrong_type
 from stethoscope.core.files import as_path
-from stethoscope.core.token_table import FeatureSchema, Repeats, Subtokens, check_table, feature_names
+from stethoscope.core.token_table import (
+    FeatureSchema,
+    Repeats,
+    Subtokens,
+    check_table,
+    feature_names,
+    unpack_vectors,
+)
 from stethoscope.detection import artifact
 from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.design_matrix import Inputs, Selection, check_settings, frequent_objects
@@ -409,6 +416,26 @@ class Detector:
             return [()] * len(table)
         candidates = most_likely(model.log_probabilities(matrix), self._inputs.objects, count)
         return [looks if name else () for looks, name in zip(candidates, table["object"], strict=True)]
+
+    def locate(self, image_tokens: str, name: str) -> np.ndarray | None:
+        """Compute how probable each image token alone makes it that the picture shows an object.
+
+        This is what ``image_objects`` of ``explain`` rests on. It learned where objects are from what answers named and
+        from no box.
+
+        Args:
+            image_tokens: of the column ``image_tokens`` of a token table.
+            name: of the object.
+
+        Returns:
+            (N,) in [0, 1]; None where the detector reads no image tokens or does not know the name.
+
+        Raises:
+            DataError: the tokens are of another kind.
+        """
+        if self._image_probe is None or not image_tokens or name not in self._inputs.objects:
+            return None
+        return self._image_probe.locate(unpack_vectors(image_tokens), self._inputs.objects.index(name))
 
     def _training_matrix(self, train: pd.DataFrame, unlabelled: pd.DataFrame | None) -> np.ndarray:
         """Fit the probe of image tokens, where there are any, and build the design matrix of the training mentions."""

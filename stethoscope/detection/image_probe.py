@@ -130,15 +130,33 @@ class ImageProbe:
         """
         odds = np.zeros((len(pictures), len(self.bias)))
         for index, tokens in enumerate(pictures):
-            if tokens.shape[1] != len(self.mean):
-                raise DataError(
-                    f"image tokens have {tokens.shape[1]} dimensions; the detector learned from {len(self.mean)}"
-                )
-            units = np.maximum(((tokens - self.mean) / self.scale) @ self.hidden + self.hidden_bias, 0)
-            scores = units @ self.output + self.bias
+            scores = self._token_scores(tokens)
             largest = scores.max(0)
             odds[index] = largest + np.log(np.exp(scores - largest).mean(0))
         return np.clip(odds, -LARGEST_ODDS, LARGEST_ODDS)
+
+    def locate(self, tokens: np.ndarray, index: int) -> np.ndarray:
+        """Compute how probable each image token alone makes it that the picture shows an object, (N,) in [0, 1].
+
+        The odds of ``transform`` are a mean over tokens; each one's part of that sum, as odds, gives its probability.
+
+        Args:
+            tokens: (N, D) image tokens.
+            index: of the object.
+
+        Raises:
+            DataError: as ``transform``.
+        """
+        return expit(np.clip(self._token_scores(tokens)[:, index] - math.log(len(tokens)), -LARGEST_ODDS, LARGEST_ODDS))
+
+    def _token_scores(self, tokens: np.ndarray) -> np.ndarray:
+        """Compute (N, objects) scores of (N, D) image tokens."""
+        if tokens.shape[1] != len(self.mean):
+            raise DataError(
+                f"image tokens have {tokens.shape[1]} dimensions; the detector learned from {len(self.mean)}"
+            )
+        units = np.maximum(((tokens - self.mean) / self.scale) @ self.hidden + self.hidden_bias, 0)
+        return units @ self.output + self.bias
 
     def scores(self, rows: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
         """Score mentions, (rows,): the log-odds that the picture lacks the named object; NaN if not known.

@@ -187,6 +187,23 @@ def score_mentions(
     return tokens, tuple(diagnosed)
 
 
+def locate_objects(
+    mentions: Sequence[Mention], columns: Mapping[str, Any], detector: Detector | None
+) -> dict[str, np.ndarray]:
+    """Let the detector look for every object that an answer names, see ``Diagnosis.seen``.
+
+    Args:
+        mentions: of ``extract_mentions``.
+        columns: of ``compute_columns``.
+        detector: None sees nothing.
+    """
+    if detector is None:
+        return {}
+    names = dict.fromkeys(mention.object for mention in mentions)
+    seen = {name: detector.locate(columns.get(IMAGE_TOKENS, ""), name) for name in names}
+    return {name: values for name, values in seen.items() if values is not None}
+
+
 def shift_sentence(
     encoded: Encoded,
     answer: Answer,

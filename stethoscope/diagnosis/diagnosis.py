@@ -91,6 +91,8 @@ class Diagnosis:
         edit: what a mitigation did to the answer, as a run's record has it; empty where nothing was done.
         truth: names of the objects that the picture shows; None where not known. Mentions have labels.
         history: earlier questions about the picture with their answers, which the prompt holds; the oldest first.
+        seen: by object that the answer names, (N,) how probable each image token alone makes it that the picture shows
+            it, to the detector (``Detector.locate``); empty if that reads no image tokens.
     """
 
     model: str
@@ -114,6 +116,7 @@ class Diagnosis:
     truth: tuple[str, ...] | None = None
     edit: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[tuple[str, str], ...] = ()
+    seen: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Diagnosis({self.model!r}, {self.question!r}, {self.answer.text!r}, warned={[*map(str, self.warned)]})"
@@ -264,6 +267,28 @@ class Diagnosis:
         values = self.attention.to_image(token, layer, head).numpy()
         tiles, boxes = image_token_tiles(values, self.token_regions)
         return heat(tiles, boxes, self.image.size, shape or (self.image.height, self.image.width))
+
+    def seen_map(self, name: str, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """Spread where the detector sees an object over the image, as ``heat_map`` does relevancy.
+
+        Args:
+            name: of an object that the answer names.
+            shape: rows and columns of the map; those of the picture by default.
+
+        Returns:
+            (height, width) float64 in [0, 1], the largest as in ``seen``: next to nothing for an object that the
+            detector sees nowhere.
+
+        Raises:
+            CapabilityError: the detector does not look for this object, or the image tokens are no grid.
+        """
+        if name not in self.seen:
+            raise CapabilityError(f"the detector does not look for {name!r} in image tokens, {sorted(self.seen)} only")
+        if self.token_regions is None or not self.token_regions.grids:
+            raise CapabilityError(f"{self.model}: its image tokens are no grid over the picture; read `seen`")
+        tiles, boxes = image_token_tiles(self.seen[name], self.token_regions)
+        spread = heat(tiles, boxes, self.image.size, shape or (self.image.height, self.image.width))
+        return spread * (self.seen[name].max() / max(spread.max(), 1e-12))
 
     def regions(self, token: int, count: int = 3, layer: int = -1) -> list[tuple[Box, float]]:
         """List the image regions that are most relevant to a token, best first.

@@ -16,7 +16,7 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.html import asset, data_uri, document, json_block, render
 from stethoscope.core.text import counted, percent
-from stethoscope.diagnosis.viewer_parts import RASTER, attention_payload, edit_payload, in_bytes
+from stethoscope.diagnosis.viewer_parts import RASTER, attention_payload, edit_payload, in_bytes, seen_payload
 from stethoscope.relevancy.heatmaps import OPACITY, RAMP, colours, one_grid, overlay
 from stethoscope.tasks.yes_no import first_word
 
@@ -111,6 +111,7 @@ def payload(
         "question": list(diagnosis.question_tokens),
         "maps": dict(_maps(diagnosis, layers)) if layers else {},
         "attention": attention_payload(diagnosis, attention_bytes),
+        "seen": seen_payload(diagnosis),
         "tokens": tokens,
     }
 

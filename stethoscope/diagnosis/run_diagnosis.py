@@ -17,6 +17,7 @@ from stethoscope.diagnosis.answer_verdicts import (
     compute_columns,
     extract_mentions,
     feature_set,
+    locate_objects,
     read_samples,
     score_mentions,
     shift_sentence,
@@ -142,6 +143,7 @@ def diagnose(
         truth=None if truth is None else tuple(truth),
         edit=edit,
         history=encoded.history,
+        seen=locate_objects(extracted, columns, detector),
     )
 
 

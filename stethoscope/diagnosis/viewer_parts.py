@@ -212,6 +212,28 @@ def attention_payload(diagnosis: Diagnosis, limit: int) -> dict[str, Any] | None
     }
 
 
+def seen_payload(diagnosis: Diagnosis) -> dict[str, Any] | None:
+    """Convert where the detector sees the objects for the payload; None where it looks for none, or there is no grid.
+
+    Returns:
+        ``objects`` has for every name the largest probability of an image token alone, and the map of ``shape`` in
+        base64, a byte per cell, scaled to its own maximum.
+    """
+    regions = diagnosis.token_regions
+    if not diagnosis.seen or regions is None or not regions.grids:
+        return None
+    grid, box = gridded(np.stack(list(diagnosis.seen.values())), regions, diagnosis.image.size)
+    scaled = in_bytes(grid)[0]
+    return {
+        "shape": list(grid.shape[-2:]),
+        "box": [round(edge, 2) for edge in box or ()],
+        "objects": {
+            name: [round(float(values.max()), 4), _base64(cells)]
+            for (name, values), cells in zip(diagnosis.seen.items(), scaled, strict=True)
+        },
+    }
+
+
 def heads_payload(
     attention: AttentionMaps, regions: TokenRegions | None, size: tuple[int, int], tokens: Sequence[int]
 ) -> dict[str, Any]:

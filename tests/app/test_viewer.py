@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,36 @@ def test_raw_attention_by_layer_and_head(page, diagnosis):
     look(page)
     painted = [np.array(cells).reshape(64, 4) for cells in page.evaluate("window.painted")]
     assert sum((cells[:, 3] == 255).all() for cells in painted) == attention.image_mass[knife].numel()  # drawn once
+
+
+def test_where_the_detector_sees_the_object(browser, diagnosis, tmp_path):
+    seen = {"knife": np.arange(64) / 70, "fork": np.eye(8).ravel() / 9}
+    file = tmp_path / "seen.html"
+    file.write_text(replace(diagnosis, seen=seen).to_html(), "utf-8")
+    page, failed = browser.new_page(), []
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.add_init_script(WATCH)
+    page.goto(file.as_uri())
+    page.locator("[data-id=source]").select_option("seen")
+    for name, token in (("knife", diagnosis.mentions[0].tokens[0]), ("fork", diagnosis.mentions[1].tokens[0])):
+        page.locator(f".st-t[data-token='{token}']").click()
+        painted, values = look(page)["map"][:, 3], seen[name]
+        assert np.abs(painted - 0.55 * 255 * values).max() < 2  # not scaled to its own largest value
+        note = page.locator("[data-id=seen-note]").inner_text()
+        assert f"looks for “{name}” among the image tokens" in note
+        assert f"makes it {percent(values.max())} probable" in note
+        assert page.locator("[data-id=seen-title]").inner_text() == f"Where the detector sees “{name}”"
+    assert page.locator("[data-id=map-title]").is_hidden()
+    page.locator(".st-t").first.click()
+    assert not look(page)["map"][:, 3].any()
+    assert "names no object that the detector looks for" in page.locator("[data-id=seen-note]").inner_text()
+    page.locator("[data-id=picture]").click()  # patches are chosen as before
+    assert page.locator("[data-id=patch-title]").inner_text().startswith("Tokens to which this patch")
+    page.locator("[data-id=source]").select_option("raw")
+    assert look(page)["map"][:, 3].any()
+    assert page.locator("[data-id=seen-title]").is_hidden()
+    assert failed == []
+    page.close()
 
 
 def test_mean_attention_as_a_matrix(page, diagnosis):

@@ -1,5 +1,5 @@
 // Patches that are chosen in one of the two pictures, and the words that were written from them.
-const PICTURES = { picture: () => data.maps[$("source").value], "attention-picture": () => (data.attention && data.attention.box ? data.attention : null) };
+const PICTURES = { picture: () => data.maps[$("source").value] || data.maps.raw, "attention-picture": () => (data.attention && data.attention.box ? data.attention : null) };
 let patches = null; // shape and box of a grid, its chosen cells, and the two corners of the last rectangle
 let dragged = null; // canvas, first cell, and the cells that were chosen before
 

@@ -217,8 +217,21 @@ function cover(brush, map, value, [left, top, right, bottom]) {
   if (below > 2) brush.fillRect(0, bottom, width, height);
 }
 
+function paintSeen() { // where the detector sees the object, as strongly as every token speaks for it
+  const mention = judged(chosen), entry = (mention && data.seen.objects[mention.object]) || [0, ""], name = `“${mention ? mention.object : shown(data.tokens[chosen].text)}”`;
+  const [probability, cells] = entry, values = bytes(cells), factor = probability * Math.pow(10, number("scale") / 20) / 255;
+  drawMap($("picture"), data.seen, (cell) => (values.length ? values[cell] * factor : 0));
+  $("seen-word").textContent = name;
+  $("seen-note").textContent = !values.length ? "This word names no object that the detector looks for."
+    : `The detector looks for ${name} among the image tokens. The one that speaks for it most makes it ${percent(probability)} probable, by itself; full colour would be 100\u00a0%. It has learned this from what answers named, and from no box.`;
+}
+
 function paint() {
-  const map = data.maps[$("source").value];
+  const seen = $("source").value === "seen", map = data.maps[$("source").value];
+  for (const id of ["seen-title", "seen-note"]) $(id).hidden = !seen;
+  for (const id of ["map-title", "legend"]) $(id).hidden = seen || (id === "legend" && !data.layers.length);
+  for (const id of ["layer", "common"]) $(id).disabled = seen;
+  if (seen) { paintSeen(); return; }
   if (!map) { drawMap($("picture"), null, null); return; }
   const size = map.shape[0] * map.shape[1], factor = gain(map) / 255, start = (chosen * data.layers.length + number("layer")) * size;
   drawMap($("picture"), map, (cell) => map.values[start + cell] * factor);
@@ -499,7 +512,7 @@ function show() {
   attention();
   paint();
   fromPatches(written);
-  $("picture").setAttribute("aria-label", `the picture under the relevancy of ${shown(token.text)}`);
+  $("picture").setAttribute("aria-label", $("source").value === "seen" ? `the picture, and where the detector sees ${$("seen-word").textContent}` : `the picture under the relevancy of ${shown(token.text)}`);
   element.querySelector(".st").dataset.redraw = (performance.now() - began).toFixed(1); // milliseconds
 }
 
@@ -557,8 +570,8 @@ function finished(message) {
   const kinds = Object.keys(COLOURS).filter((kind) => (data.threshold !== null || !["warning", "every"].includes(kind))
     && (data.layers.length || !["contribution", "relevancy"].includes(kind)) && (data.attention && data.attention.box || kind !== "attention"));
   options("colour", kinds.map((kind) => [kind, COLOURS[kind]]));
-  const names = { raw: "image tokens, as the language model reads them", tower: "patches, through the vision tower" };
-  options("source", Object.keys(data.maps).map((kind) => [kind, names[kind]]));
+  const names = { raw: "image tokens, as the language model reads them", tower: "patches, through the vision tower", seen: "the named object, as the detector sees it" };
+  options("source", [...Object.keys(data.maps), ...(data.seen ? ["seen"] : [])].map((kind) => [kind, names[kind]]));
   options("statistic", ["sum", "max", "mean"].map((kind) => [kind, kind]));
   for (const id of ["map-controls", "legend", "shares-card", "question-card", "before-card", "contribution-card"]) $(id).hidden = !data.layers.length;
   for (const id of ["words-card", "evolution-card"]) $(id).hidden = !data.tokens[0].evolution.length;

@@ -65,6 +65,22 @@ def test_vectors_come_back_from_text():
             unpack_vectors(text)
 
 
+def test_the_detector_says_where_it_sees_an_object(seeing):
+    """The token that looks like it, of five; it has learned from labels of whole pictures."""
+    hits = []
+    for row in TEST[TEST["label"] == 0].itertuples():
+        tokens = unpack_vectors(row.image_tokens)
+        parts = seeing.locate(row.image_tokens, row.object)
+        assert parts.shape == (TOKENS,)
+        odds = seeing._image_probe.transform([tokens])[0, seeing.inputs.objects.index(row.object)]
+        assert np.log((parts / (1 - parts)).sum()) == pytest.approx(odds)  # of the whole picture
+        hits.append(parts.argmax() == (tokens @ LOOKS[list(OBJECTS).index(row.object)]).argmax())
+    assert np.mean(hits) > 0.9
+    assert seeing.locate(row.image_tokens, "unicorn") is None
+    assert seeing.locate("", row.object) is None
+    assert Detector(C=0.1, visual_consistency=False).fit(TRAIN).locate(row.image_tokens, row.object) is None
+
+
 def test_the_gradient_is_that_of_autograd():
     random = np.random.default_rng(1)
     shapes = ((SIZE, 7), (7,), (7, 3), (3,))

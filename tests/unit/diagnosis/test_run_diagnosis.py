@@ -1,5 +1,6 @@
 """A diagnosis of the embedded model's answers, against the passes, tables and warnings that runs make of the same."""
 
+import base64
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ from stethoscope.core.text import percent
 from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
 from stethoscope.detection.lookup import mention_warnings
-from stethoscope.diagnosis.render import describe_reply
+from stethoscope.diagnosis.render import describe_reply, payload
 from stethoscope.diagnosis.run_diagnosis import diagnose
 from stethoscope.features import GROUPS, FeatureSet
 from stethoscope.features.columns import feature_of
@@ -354,3 +355,36 @@ def test_raw_attention_over_the_picture(adapter, scene, plain):
     for arguments, name in (((999,), "token"), ((0, 4), "layer"), ((0, 0, 99), "head"), ((0, 0, "most"), "head")):
         with pytest.raises(ConfigError, match=f"{name}=.*should be"):
             plain.attention_map(*arguments)
+
+
+def test_the_detector_says_where_it_sees_what_is_named(adapter):
+    hits, sure = [], {True: [], False: []}
+    for scene in testbed.scenes(3003)[3000:]:
+        absent = next(name for name in ("clock", "boat", "dog", "pizza") if name not in scene.visible)
+        named = [*scene.visible, absent]
+        answer = "The image shows " + ", ".join(f"a {name}" for name in named) + "."
+        diagnosis = diagnose(adapter, scene.image(), QUESTION, answer=answer, detector=testbed.DETECTOR_DIR)
+        assert list(diagnosis.seen) == named
+        shown = payload(diagnosis)["seen"]
+        assert shown["shape"] == [8, 8]
+        for name in named:
+            seen, (probability, cells) = diagnosis.seen_map(name, (8, 8)), shown["objects"][name]
+            assert np.abs(seen.ravel() - diagnosis.seen[name]).max() < 0.02  # boxes are measured, to a part of a pixel
+            assert seen.max() == pytest.approx(diagnosis.seen[name].max())
+            assert seen.max() == pytest.approx(probability, abs=1e-4)
+            assert np.allclose(
+                np.frombuffer(base64.b64decode(cells), np.uint8) / 255, seen.ravel() / seen.max(), atol=0.02
+            )
+            sure[name in scene.visible].append(probability)
+            if name in scene.visible:
+                mask = scene.mask() == 1 + testbed.CATEGORIES.index(name)
+                hits.append(mask.reshape(8, 12, 8, 12).any((1, 3)).ravel()[seen.argmax()])
+    assert np.mean(hits) > 0.8
+    assert np.mean(sure[True]) > 0.7 > 0.2 > np.mean(sure[False])
+    with pytest.raises(CapabilityError, match="does not look for 'unicorn' in image tokens, \\['"):
+        diagnosis.seen_map("unicorn")
+
+
+def test_a_detector_without_image_tokens_sees_nothing(judged):
+    assert judged.seen == {}
+    assert payload(judged)["seen"] is None
