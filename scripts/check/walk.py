@@ -1,11 +1,12 @@
 """Count the walk of one warm sample: calls, functions, files, depth, and calls that cross a file border.
 
-A sample of CHAIR goes through ``SamplePipeline`` on the embedded model with ``features=default``. The first samples
+A sample of CHAIR goes through ``SamplePipeline`` on the embedded model with a named set of features. The first samples
 warm caches; then one more is counted with ``sys.setprofile``. Only functions of the package count; a call crosses a
 border if the nearest frame of the package above it is in another file (library frames in between are looked through).
 
-    python scripts/check/walk.py            # the table
-    python scripts/check/walk.py --pairs    # and which files call which, most first
+    python scripts/check/walk.py                               # features=default
+    python scripts/check/walk.py --features default_relevancy  # with a backward pass
+    python scripts/check/walk.py --pairs                       # and which files call which, most first
 """
 
 from __future__ import annotations
@@ -73,10 +74,11 @@ class Walk(Callback):
 def main() -> None:
     """Print the table; exit with 1 if more borders are crossed than are allowed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--features", default="default", help="named set of features")
     parser.add_argument("--pairs", action="store_true", help="print which files call which")
     options = parser.parse_args()
     walk = Walk()
-    adapter, features = stethoscope.load("testbed"), named_set("default")
+    adapter, features = stethoscope.load("testbed"), named_set(options.features)
     Evaluator([walk], batch_size=1, features=features).run(adapter, Chair(scenes=WARM + 1))
     crossings = sum(walk.pairs.values())
     files = {file for file, _, _ in walk.calls}

@@ -70,6 +70,8 @@ class AttentionGradRecorder(AttentionRecorder):
         self._receive_weakly = _weakly(self._receive)
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        if self.checkpointer.inside:
+            return self._attend(call), None
         return self.checkpointer.run(self._attend, call), None  # an attention module outside all layers is a layer
 
     def _attend(self, attention_call: AttentionCall) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.errors import CapabilityError
@@ -199,15 +200,16 @@ def capture_inputs(model: nn.Module, role: str, every: bool = False) -> Iterator
     if not layers:
         raise CapabilityError(f"{type(model).__name__}: no first layer of its language model was found")
     captured: list[Tensor] = []
-    layers = layers[: None if every else 1]
+    handles: dict[nn.Module, RemovableHandle] = {}
 
     def capture(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if len(captured) < len(layers):
-            captured.append((arguments[0] if arguments else options["hidden_states"]).detach())
+        captured.append((arguments[0] if arguments else options["hidden_states"]).detach())
+        handles.pop(module).remove()  # later passes, such as those that write an answer, call no hook
 
-    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
+    for layer in layers[: None if every else 1]:
+        handles[layer] = layer.register_forward_pre_hook(capture, with_kwargs=True)
     try:
         yield captured
     finally:
-        for handle in handles:
+        for handle in handles.values():
             handle.remove()
