@@ -95,9 +95,9 @@ def estimate(model: PreTrainedModel, loading: Loading, context: int, batch_size:
 
     The weights are exact. Generation stores keys and values of every layer for the whole context, and the logits of
     one step in float32, the model's and the processed ones. Relevancy stores the inputs of all layers and recomputes
-    one layer at a time (``relevancy.checkpointing``): of that layer about six times the hidden and four times the inner
-    width for every position, and attention maps up to its budget; of the head the logits of the answer, in the model's
-    precision, in float32 and their gradient.
+    one layer at a time: of that layer about six times the hidden and four times the inner width for every position, and
+    attention maps up to its budget; of the head the logits of the answer, in the model's precision, in float32 and
+    their gradient.
 
     Args:
         model: with or without weights.

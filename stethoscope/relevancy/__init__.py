@@ -5,7 +5,7 @@ question, answer)`` on an adapter. Source: Chefer, Gur and Wolf, "Generic Attent
 (arXiv 2103.15679), equations 5-10. Names are imported on first use, so importing this package imports no torch.
 
 ``engine`` runs the passes, either a whole one or the two of ``shared_passes``. In each pass a recorder of
-``gradient_recorder`` takes the calls of attention, and ``checkpointing`` those of layers. Backwards,
+``gradient_recorder`` takes the calls of layers and attention, whose graphs ``checkpointing`` makes sparse. Backwards,
 ``attention_backward`` computes blocks of Abar, which ``backward_pass`` turns into rows of R by ``rules``;
 ``token_alignment`` leads from image tokens to patches.
 """

@@ -267,15 +267,13 @@ def _sum_heads(values: Tensor) -> Tensor:
 
 
 def _row_blocks(call: TracedCall, gradient: Tensor, step: int) -> Iterator[tuple[int, int]]:
-    """Yield first and last + 1 of the rows that are processed at once, one block at least; live and later never mix."""
+    """Yield first and last + 1 of the rows that are processed at once, one block at least."""
     first, last = call.rows or (0, gradient.shape[2])
     if call.narrow:
         used = gradient[:, :, first:last].ne(0).any(-1).flatten(0, 1).any(0).nonzero()[:, 0].tolist() or [0]
         first, last = first + used[0], first + used[-1] + 1
-    border = last if call.live is None else min(max(call.live, first), last)
-    for low, high in ((first, border), (border, last)):
-        for start in range(low, high, step):
-            yield start, min(start + step, high)
+    for start in range(first, last, step):
+        yield start, min(start + step, last)
 
 
 def _group_heads(vectors: Tensor, groups: int) -> Tensor:
@@ -396,7 +394,14 @@ def _add_key_gradient(
         stop: last row + 1.
         factor: multiplies the gradient.
     """
-    target, live = part.grads[1 + index], call.live is None or start < call.live
+    border = stop if call.live is None else min(max(call.live, start), stop)
+    if start < border < stop:
+        maps, vectors = (values.unflatten(2, (-1, stop - start)) for values in (maps, vectors))
+        for low, high in ((start, border), (border, stop)):
+            own = [values[..., low - start : high - start, :].flatten(2, 3) for values in (maps, vectors)]
+            _add_key_gradient(call, part, index, *own, low, high, factor)
+        return
+    target, live = part.grads[1 + index], start < border
     by_head = *part.query.shape[:2], stop - start
     if live and call.prefix_gradients is not None:
         factors, rows = call.prefix_gradients[index], (part.samples, part.heads, slice(start, stop))

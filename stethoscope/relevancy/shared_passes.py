@@ -31,7 +31,7 @@ from stethoscope.relevancy.checkpointing import SparseGraphs
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, Seeds
 from stethoscope.relevancy.token_alignment import first_sample, image_token_kind, probe_alignment
 from stethoscope.tracing.hooks import AttentionRecorder, record
-from stethoscope.tracing.model_parts import Site, capture_inputs, frozen, route_model
+from stethoscope.tracing.model_parts import Site, capture_inputs, route_model
 from stethoscope.tracing.trace import CAUSAL
 
 _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
@@ -151,7 +151,7 @@ class PromptPass:
         self.kind = image_token_kind(model, self.recorder, len(ids), len(self.image), False)
         self.sample, self.alignment = first_sample(self.inputs, len(ids)), None
         if self.kind == "merged":  # now, because the probe takes memory too and the answers have no graphs yet
-            with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+            with torch.inference_mode(False), torch.enable_grad():
                 self.alignment = probe_alignment(model, self.sample, self.image)
 
     def _run_last(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> NoReturn:

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, record
-from stethoscope.tracing.model_parts import outer_layers, route_layers, sites
+from stethoscope.tracing.model_parts import frozen, outer_layers, route_layers, sites
 from stethoscope.tracing.token_spans import image_layout
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _probe(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) 
     probe, roles = _AlignmentProbe(image), sites(model)
     vision = [layer for layer in outer_layers(model) if roles[id(layer)].role == "vision"]
     try:
-        with record(model, probe), route_layers(vision, probe.pass_gradients):
+        with frozen(model), record(model, probe), route_layers(vision, probe.pass_gradients):
             model(**inputs, use_cache=False)
     except _LanguageModelReached:
         pass
