@@ -26,8 +26,7 @@ from stethoscope.evaluation.callbacks import SaveHeatmaps
 from stethoscope.evaluation.pipeline import TRACE_BATCH
 from stethoscope.evaluation.state import RunState
 from stethoscope.features import FeatureSet, named_set
-from stethoscope.features.registry import compute_columns, without_vectors
-from stethoscope.features.relevancy import image_tokens
+from stethoscope.features.registry import compute_columns
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.tokens import TokenFiles, TokenRows, token_tables
@@ -97,12 +96,8 @@ def measure(
                 traces = adapter.trace_batch(kept[few], answers[few], features.requires)
                 computed = compute_columns(features, traces)
                 for sample, trace, columns in zip(asked[few], traces, computed, strict=True):
-                    owners = trace.answer.owners(run.task.label_mentions(sample, trace.answer))
-                    named = [mention is not None for mention in owners]
-                    tokens = image_tokens(trace, columns)
-                    rows.append(
-                        TokenRows(sample, trace.answer, owners, without_vectors(columns, named), image_tokens=tokens)
-                    )
+                    mentions = run.task.label_mentions(sample, trace.answer)
+                    rows.append(TokenRows.of_trace(sample, trace, mentions, columns))
                     maps.on_trace(run, sample, trace)
             tables.append(token_tables(run.task.name, rows))
 

@@ -14,12 +14,11 @@ from stethoscope.core.types import Answer, Generation, Mention, Sample
 from stethoscope.detection.lookup import check_model, mention_probabilities
 from stethoscope.evaluation.removal_guarantee import promise_removal
 from stethoscope.features.columns import feature_of, matching_columns
-from stethoscope.features.registry import FeatureSet, without_vectors
-from stethoscope.features.relevancy import image_tokens
+from stethoscope.features.registry import FeatureSet
 from stethoscope.mitigation.answers import Drop, EditingMitigation, Rerank, edit_record
 from stethoscope.mitigation.base import EditedAnswer
 from stethoscope.mitigation.editing import remove_mentions
-from stethoscope.storage.tokens import as_frame, token_table
+from stethoscope.storage.tokens import TokenRows
 from stethoscope.tracing.mention_passes import Resampling, trace_answers, yes_odds
 
 if TYPE_CHECKING:
@@ -138,12 +137,9 @@ class AnswerEditor(ABC):
             resampling,
         )
         for index, trace in zip(doubtful, traces, strict=True):
-            answer, named = answers[index], mentions[index]
-            owners = [owner is not None for owner in answer.owners(named)]
-            columns = without_vectors(self._features.compute(trace), owners)
-            tokens = image_tokens(trace, columns)
-            table = as_frame(token_table(self.task.name, samples[index], answer, named, columns, image_tokens=tokens))
-            judged[index] = JudgedAnswer(answer, named, self._probabilities(named, table))
+            rows = TokenRows.of_trace(samples[index], trace, mentions[index], self._features.compute(trace))
+            probabilities = self._probabilities(mentions[index], rows.frame(self.task.name))
+            judged[index] = JudgedAnswer(answers[index], mentions[index], probabilities)
         return judged
 
     def _mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
@@ -277,9 +273,7 @@ def try_features(adapter: Adapter, task: Task, features: FeatureSet, generation:
     answer = adapter.answer(encoded, "A dog.")
     resampling = Resampling(replace(generation, max_new_tokens=1, mitigation=None), [lambda _: ()])
     [trace] = trace_answers(adapter, [encoded], [answer], features.requires, [sample.image], [(TRIAL,)], resampling)
-    columns = features.compute(trace)
-    tokens = image_tokens(trace, columns)
-    return as_frame(token_table(task.name, sample, answer, (TRIAL,), columns, image_tokens=tokens))
+    return TokenRows.of_trace(sample, trace, (TRIAL,), features.compute(trace)).frame(task.name)
 
 
 def check_detector(adapter: Adapter, task: Task, detector: Detector, generation: Generation) -> None:

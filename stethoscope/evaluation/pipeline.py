@@ -21,8 +21,7 @@ from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.types import Answer, Mention, Sample, Score, required
 from stethoscope.evaluation.given_answers import read_answer
 from stethoscope.evaluation.state import describe_failure
-from stethoscope.features.registry import compute_columns, without_vectors
-from stethoscope.features.relevancy import image_tokens
+from stethoscope.features.registry import compute_columns
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import TokenRows, token_tables
 from stethoscope.tasks.object_extraction import TextMention
@@ -370,12 +369,8 @@ class SamplePipeline:
         rows: list[tuple[SampleState, TokenRows]] = []
         for state, columns in zip(states, self._in_batches(states, "trace", compute), strict=True):
             if columns is not None:
-                owners = state.given_answer.owners(state.mentions)
-                values = without_vectors(columns, [mention is not None for mention in owners])
-                tokens = image_tokens(traced[id(state)], columns)
-                answered = TokenRows(
-                    state.sample, state.given_answer, owners, values, state.prompt, state.picture, tokens
-                )
+                trace = traced[id(state)]
+                answered = TokenRows.of_trace(state.sample, trace, state.mentions, columns, state.prompt, state.picture)
                 rows.append((state, answered))
         if rows:
             tables = token_tables(task.name, [item for _, item in rows], task.version)

@@ -17,10 +17,13 @@ import pyarrow.parquet as pq
 
 from stethoscope.core.files import damaged, open_regular, replacing
 from stethoscope.core.types import Answer, Mention, Sample, required
-from stethoscope.features.registry import TokenColumns
+from stethoscope.features.registry import TokenColumns, without_vectors
+from stethoscope.features.relevancy import image_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from stethoscope.tracing.trace import Trace
 
 Key = tuple[str, str]
 """Task name and sample id."""
@@ -62,6 +65,35 @@ class TokenRows(NamedTuple):
     prompt: str = ""
     picture: str = ""
     image_tokens: str = ""
+
+    @classmethod
+    def of_trace(
+        cls,
+        sample: Sample,
+        trace: Trace,
+        mentions: Sequence[Mention],
+        columns: Mapping[str, np.ndarray],
+        prompt: str = "",
+        picture: str = "",
+    ) -> TokenRows:
+        """Collect what the rows of a traced answer are built from, without the vectors of tokens that name nothing.
+
+        Args:
+            sample: that was answered.
+            trace: of the answer.
+            mentions: labelled objects that the answer names.
+            columns: (T,) features of the trace by column name.
+            prompt: see ``token_table``.
+            picture: see ``token_table``.
+        """
+        owners = trace.answer.owners(mentions)
+        features = without_vectors(columns, [mention is not None for mention in owners])
+        tokens = image_tokens(trace, features.names)
+        return cls(sample, trace.answer, owners, features, prompt, picture, tokens)
+
+    def frame(self, task: str) -> pd.DataFrame:
+        """Build the token rows of a task's answer as a table in pandas."""
+        return as_frame(unpacked(token_tables(task, [self])[0]))
 
 
 def token_table(
