@@ -56,10 +56,10 @@ class Prefill:
         if "relevancy" not in requires or not self._forward.causal or not prompts:
             return prompts
         longest, room = max(prompt.spans.length for prompt in prompts), _room(self._model)
-        if len(prompts) * memory.input_bytes(self._model, longest) > room:
+        sparse = len(prompts) * memory.graph_bytes(self._model, longest) > room * _WHOLE_SHARE
+        if sparse and len(prompts) * memory.input_bytes(self._model, longest) > room:
             return prompts
-        whole, sparse = (len(prompts) * memory.graph_bytes(self._model, longest, sparse) for sparse in (False, True))
-        recompute, sparse = sparse > room, whole > room * _WHOLE_SHARE
+        recompute = sparse and len(prompts) * memory.graph_bytes(self._model, longest, sparse=True) > room
         if recompute and not self._has_warned:
             self._has_warned = True
             warnings.warn(

@@ -54,6 +54,11 @@ class Walk(Callback):
         """Stop counting."""
         sys.setprofile(None)
 
+    @property
+    def crossings(self) -> int:
+        """Number of calls across a file border."""
+        return self.pairs.total()
+
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(FOLDERS) or code.co_filename == __file__:
@@ -71,23 +76,32 @@ class Walk(Callback):
             self.pairs[caller, code.co_filename] += 1
 
 
+def count_calls(features: str) -> Walk:
+    """Count the calls of a warm sample.
+
+    Args:
+        features: name of the set.
+    """
+    walk = Walk()
+    evaluator = Evaluator([walk], batch_size=1, features=named_set(features))
+    evaluator.run(stethoscope.load("testbed"), Chair(scenes=WARM + 1))
+    return walk
+
+
 def main() -> None:
     """Print the table; exit with 1 if more borders are crossed than are allowed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--features", default="default", help="named set of features")
     parser.add_argument("--pairs", action="store_true", help="print which files call which")
     options = parser.parse_args()
-    walk = Walk()
-    adapter, features = stethoscope.load("testbed"), named_set(options.features)
-    Evaluator([walk], batch_size=1, features=features).run(adapter, Chair(scenes=WARM + 1))
-    crossings = sum(walk.pairs.values())
+    walk = count_calls(options.features)
     files = {file for file, _, _ in walk.calls}
     print(f"calls {walk.calls.total()}, functions {len(walk.calls)}, files {len(files)}, depth {walk.depth}")
-    print(f"calls across a file border {crossings} (at most {MOST})")
+    print(f"calls across a file border {walk.crossings} (at most {MOST})")
     if options.pairs:
         for (caller, callee), count in walk.pairs.most_common():
             print(f"{count:5d}  {_short(caller)} -> {_short(callee)}")
-    sys.exit(crossings > MOST)
+    sys.exit(walk.crossings > MOST)
 
 
 def _short(file: str) -> str:

@@ -396,10 +396,11 @@ def _add_key_gradient(
     """
     border = stop if call.live is None else min(max(call.live, start), stop)
     if start < border < stop:
-        maps, vectors = (values.unflatten(2, (-1, stop - start)) for values in (maps, vectors))
+        maps, vectors = maps.unflatten(2, (-1, stop - start)), vectors.unflatten(2, (-1, stop - start))
         for low, high in ((start, border), (border, stop)):
-            own = [values[..., low - start : high - start, :].flatten(2, 3) for values in (maps, vectors)]
-            _add_key_gradient(call, part, index, *own, low, high, factor)
+            own_maps = maps[..., low - start : high - start, :].flatten(2, 3)
+            own_vectors = vectors[..., low - start : high - start, :].flatten(2, 3)
+            _add_key_gradient(call, part, index, own_maps, own_vectors, low, high, factor)
         return
     target, live = part.grads[1 + index], start < border
     by_head = *part.query.shape[:2], stop - start

@@ -291,7 +291,7 @@ class _LayerOutputs(torch.autograd.Function):
 
 
 @dataclass(eq=False)
-class _LayerCall:
+class LayerCall:
     """A call of a layer.
 
     Attributes:
@@ -334,6 +334,7 @@ class LayerCheckpointer:
         sparse: makes these graphs sparse.
 
     Attributes:
+        calls: of layers, in the order of the forward pass, as far as a backward pass will need them.
         inside: whether a layer is running.
         root_index: index of the root whose gradient passes through a layer, during ``backward``.
         leaves: tensors within a running layer at which the graph begins, because weights are frozen.
@@ -344,7 +345,7 @@ class LayerCheckpointer:
         self.root_index = 0
         self.leaves: list[Tensor] = []
         self._keep_graphs, self._sizes, self._sparse = keep_graphs, sizes, sparse
-        self._calls: list[_LayerCall] = []
+        self.calls: list[LayerCall] = []
         self._anchor = torch.zeros((), requires_grad=True)
 
     def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -360,7 +361,7 @@ class LayerCheckpointer:
             return function(*arguments, **options)
         values, spec = tree_flatten((arguments, options))
         inputs = [index for index, value in enumerate(values) if _is_float(value) and value.requires_grad]
-        call = _LayerCall(function, values, spec, inputs, [], dict(self._sizes))
+        call = LayerCall(function, values, spec, inputs, [], dict(self._sizes))
         self.inside = True
         try:
             if keep_graph:
@@ -377,26 +378,12 @@ class LayerCheckpointer:
         for index, value in zip(indices, detached, strict=True):
             outputs[index] = value
             call.edges.append(get_gradient_edge(value))
-        self._calls.append(call)
+        self.calls.append(call)
         return tree_unflatten(outputs, result_spec)
-
-    def release_unused(self, roots: Sequence[Tensor]) -> None:
-        """Drop the layers that no root depends on, such as those of a tower behind the one whose output is read."""
-        waiting, seen, used = [get_gradient_edge(root).node for root in roots], set[Any](), list[_LayerCall]()
-        for call in reversed(self._calls):
-            while waiting:
-                node = waiting.pop()
-                if node not in seen:
-                    seen.add(node)
-                    waiting += [following for following, _ in node.next_functions if following is not None]
-            if any(edge.node in seen for edge in call.edges):
-                used.insert(0, call)
-                waiting += [get_gradient_edge(call.values[index]).node for index in call.inputs]
-        self._calls[:] = used
 
     def gradient_bytes(self) -> int:
         """Return the size in bytes of the largest gradient that passes between layers."""
-        return max((value.nbytes for call in self._calls for value in call.values if _is_float(value)), default=1)
+        return max((value.nbytes for call in self.calls for value in call.values if _is_float(value)), default=1)
 
     def backward(self, roots: Sequence[Tensor], restore_sizes: Callable[[dict[str, int]], None], last: bool) -> None:
         """Back-propagate the gradient of every root through all layers, from the last to the first.
@@ -406,10 +393,10 @@ class LayerCheckpointer:
             restore_sizes: called with the counters of a layer's call before the layer runs again.
             last: whether the graphs are no longer needed afterwards.
         """
-        pending = _PendingGradients(self._calls)
+        pending = _PendingGradients(self.calls)
         for root_index, root in enumerate(roots):
             pending.send(root, None, root_index)
-        calls = self._calls if last else list(self._calls)  # inputs that no later layer needs are released
+        calls = self.calls if last else list(self.calls)  # inputs that no later layer needs are released
         while calls:
             call = calls.pop()
             arrived = [pending.take(edge) for edge in call.edges]
@@ -437,7 +424,7 @@ class LayerCheckpointer:
             if last or not self._keep_graphs:
                 call.graph = None
 
-    def _recompute(self, call: _LayerCall, restore_sizes: Callable[[dict[str, int]], None]) -> Graph:
+    def _recompute(self, call: LayerCall, restore_sizes: Callable[[dict[str, int]], None]) -> Graph:
         restore_sizes(call.sizes)
         self.inside = True
         try:
@@ -449,7 +436,7 @@ class LayerCheckpointer:
 class _PendingGradients:
     """Gradients by root at the outputs of layers that the backward pass has yet to reach."""
 
-    def __init__(self, calls: Sequence[_LayerCall]) -> None:
+    def __init__(self, calls: Sequence[LayerCall]) -> None:
         self._edges = {_edge_key(edge): edge for call in calls for edge in call.edges}
         self._gradients: dict[EdgeKey, dict[int, Tensor]] = {key: {} for key in self._edges}
 

@@ -22,13 +22,14 @@ from weakref import proxy
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from stethoscope.core.errors import DataError
 from stethoscope.relevancy.attention_backward import Receiver, default_budget
 from stethoscope.relevancy.checkpointing import SparseGraphs
-from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, Seeds
+from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, LayerCall, Seeds
 from stethoscope.relevancy.token_alignment import first_sample, image_token_kind, probe_alignment
 from stethoscope.tracing.hooks import AttentionRecorder, record
 from stethoscope.tracing.model_parts import Site, capture_inputs, route_model
@@ -145,7 +146,7 @@ class PromptPass:
             ):
                 self.hidden = captured if states else []
                 model(**read, use_cache=False)
-        self.recorder.checkpointer.release_unused(self._last)
+        _release_unused(self.recorder.checkpointer.calls, self._last)
         self.layers = tuple(self.recorder.keys_and_values.values())
         self.embeds = captured[0][:, self.image.to(captured[0].device)]
         self.kind = image_token_kind(model, self.recorder, len(ids), len(self.image), False)
@@ -298,3 +299,18 @@ def _image_positions(model: PreTrainedModel, ids: Tensor) -> Tensor:
     if not (image == image[0]).all():
         raise DataError("the image tokens of the prompts are not at the same positions")
     return image[0].nonzero()[:, 0]
+
+
+def _release_unused(calls: list[LayerCall], roots: Iterable[Tensor]) -> None:
+    """Drop the layers that no root depends on, such as those of a tower behind the one whose output is read."""
+    waiting, seen, used = [get_gradient_edge(root).node for root in roots], set[Any](), list[LayerCall]()
+    for call in reversed(calls):
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += [following for following, _ in node.next_functions if following is not None]
+        if any(edge.node in seen for edge in call.edges):
+            used.insert(0, call)
+            waiting += [get_gradient_edge(call.values[index]).node for index in call.inputs]
+    calls[:] = used

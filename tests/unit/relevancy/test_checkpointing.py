@@ -114,4 +114,4 @@ def test_layers_whose_output_nobody_reads_are_dropped():
     read = (
         layers if case.model.config.vision_feature_layer == -1 else layers + 1 + case.model.config.vision_feature_layer
     )
-    assert len(graph.recorder.checkpointer._calls) == read
+    assert len(graph.recorder.checkpointer.calls) == read
