@@ -17,7 +17,6 @@ from stethoscope.adapters import memory
 from stethoscope.adapters.forward import ForwardRunner
 from stethoscope.relevancy.shared_passes import PromptPass
 from stethoscope.tracing.answer_recorder import RECORDED_REQUIREMENTS
-from stethoscope.tracing.hooks import selected
 from stethoscope.tracing.model_parts import listed_modules
 from stethoscope.tracing.trace import PROMPT_REQUIREMENTS, Encoded, PromptCache
 
@@ -68,7 +67,7 @@ class Prefill:
                 stacklevel=2,
             )
         states = not PROMPT_REQUIREMENTS.isdisjoint(requires)
-        with listed_modules(self._model), selected(self._model):
+        with listed_modules(self._model):
             for group in self._similar_prompts(prompts):
                 inputs = self._forward.collate([prompts[index] for index in group], "right")
                 graph = PromptPass(self._model, inputs, recompute=recompute, states=states, sparse=sparse)
