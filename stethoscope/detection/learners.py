@@ -279,7 +279,8 @@ def make_learner(
         return LayerNetworks(columns, network, seed, selection)
     if settings:
         raise ConfigError(f"learner.kind={kind} has no settings, but {', '.join(map(str, settings))} is given")
-    return Detector(kind, features=columns, hidden_probe=False, seed=seed, **selection)
+    # what our detector adds beside hidden states is not the paper's: no probe, no image tokens
+    return Detector(kind, features=columns, hidden_probe=False, visual_consistency=False, seed=seed, **selection)
 
 
 def describe_learner(learner: Mapping[str, Any] | None, columns: int) -> str:

@@ -16,6 +16,7 @@ from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.image_probe import COLUMN, UNITS, ImageProbe, backward, fit_image_probe
 from stethoscope.detection.leaderboard import shuffled_predictions
+from stethoscope.detection.learners import make_learner
 from stethoscope.metrics import classification
 
 SIZE, TOKENS = 8, 5
@@ -55,6 +56,23 @@ def area(detector, rows=TEST):
 @pytest.fixture(scope="module")
 def seeing():
     return Detector(C=0.1).fit(TRAIN, CALIBRATION)
+
+
+def test_published_detectors_do_not_look_at_image_tokens():
+    """Those of hidden states learn by our logistic regression, but not from what our detector adds to them."""
+    train, calibration, test = (
+        rows.rename(columns={"attended_embedding_d0000": "hidden_middle_q_d0000"})
+        for rows in (TRAIN, CALIBRATION, TEST)
+    )
+    ours = Detector(features=["hidden_*"], hidden_probe=False, C=0.1).fit(train, calibration)
+    assert area(ours, test) > 0.8
+
+    def published(*tables):
+        fitted = make_learner(["hidden_middle_q_d0000"], None, {}).fit(*tables[:2])
+        return fitted.predict(tables[2])
+
+    blind = [rows.drop(columns="image_tokens") for rows in (train, calibration, test)]
+    assert np.array_equal(published(train, calibration, test), published(*blind))
 
 
 def test_vectors_come_back_from_text():
