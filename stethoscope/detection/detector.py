@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import logit
 from sklearn.base import BaseEstimator
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, first_line, wrong_type
@@ -28,17 +29,19 @@ from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.design_matrix import Inputs, Selection, check_settings, frequent_objects
 from stethoscope.detection.detector_manifest import DetectorManifest, check_notes
 from stethoscope.detection.estimator_classes import restored_classifier
-from stethoscope.detection.estimators import add_prefix
+from stethoscope.detection.estimators import Stacked, add_prefix
 from stethoscope.detection.evidence_prior import Explanation, explanation
 from stethoscope.detection.image_probe import ImageProbe, fit_image_probe, has_tokens
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import mixture_line, recalibrate
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee
 from stethoscope.detection.shift import RunShift, ShiftMonitor
+from stethoscope.detection.shift_measures import Readings
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
 from stethoscope.detection.warning_threshold import WarningThreshold, choose_threshold
 
 PROBE = "image_probe"  # prefix of its arrays
+PROBABILITIES = (1e-9, 1 - 1e-9)  # to which they are cut off before log-odds are taken
 
 
 class Detector:
@@ -246,12 +249,49 @@ class Detector:
     def _fit_monitor(
         self, model: CalibratedModel, train: pd.DataFrame, calibration: pd.DataFrame | None
     ) -> ShiftMonitor | None:
-        """Fit the monitor on token tables; None where the classifier reads states alone, which it cannot compare."""
-        if not self._inputs.plain:
+        """Fit the monitor on token tables."""
+        held_out = None if calibration is None else self._readings(model, self.monitored_mentions(calibration))
+        learned = self._readings(model, self.monitored_mentions(train), calibration is None)
+        return ShiftMonitor.fit(self._inputs.explained_columns, learned, held_out)
+
+    def _readings(self, model: CalibratedModel, mentions: pd.DataFrame, contents: bool = True) -> Readings:
+        """Read what the monitor compares of mentions; with ``contents`` also which objects their pictures show."""
+        matrix, log_odds = self.matrix(mentions), np.zeros(0)
+        if len(mentions):
+            log_odds = logit(np.clip(model.predict(matrix), *PROBABILITIES))
+        inner: Any = model.model
+        while isinstance(inner, Stacked) and len(mentions):
+            matrix, inner = inner.join_inputs(matrix), inner.classifier_
+        columns = matrix[:, : len(self._inputs.explained_columns)]
+        probe = self._image_probe if contents and has_tokens(mentions) else None
+        return Readings(mentions, columns, log_odds, None if probe is None else probe.contents(mentions))
+
+    def readings(self, table: pd.DataFrame) -> Readings:
+        """Read what the monitor compares of the mentions of a token table.
+
+        Raises:
+            ArtefactError, DataError: as in ``predict``.
+        """
+        return self._readings(self.model, self.monitored_mentions(table))
+
+    def unlike_pictures(self, table: pd.DataFrame) -> pd.DataFrame | None:
+        """Compare single answers with those that the detector was calibrated on; see ``ShiftMonitor.pictures``.
+
+        None where the detector has no monitor.
+        """
+        if self.monitor is None:
             return None
-        compared = None if calibration is None else self.monitored_mentions(calibration)
-        scores = None if compared is None else model.scores(self.matrix(compared))
-        return ShiftMonitor.fit(self._inputs.plain, self.monitored_mentions(train), compared, scores)
+        return self.monitor.pictures(self._readings(self.model, self.monitored_mentions(table), contents=False))
+
+    def shift_sentence(self, table: pd.DataFrame) -> str:
+        """Say in one sentence that the one answer of a token table is unlike those of calibration; empty if it is not.
+
+        Empty also where the detector has no monitor, or the answer names nothing.
+        """
+        mentions = self.monitored_mentions(table)
+        if self.monitor is None or not len(mentions):
+            return ""
+        return self.monitor.sentence(self._readings(self.model, mentions, contents=False))
 
     def monitored_mentions(self, table: pd.DataFrame) -> pd.DataFrame:
         """Select the mentions that the monitor reads: judged or not, a row each, first ones if only they count."""
@@ -272,7 +312,7 @@ class Detector:
         mentions = self.monitored_mentions(table)
         if self.monitor is None or not len(mentions):
             return None
-        return self.monitor.run(mentions, self.model.scores(self.matrix(mentions)))
+        return self.monitor.run(self._readings(self.model, mentions), self.threshold, self.certificate)
 
     def recalibrate(self, table: pd.DataFrame, labelled: bool = True) -> Detector:
         """Return a copy with another calibration, for data unlike those that this detector was calibrated on.
@@ -298,7 +338,7 @@ class Detector:
             raise DataError(f"there is no {'judged ' if labelled else ''}mention to calibrate the detector on")
         scores = self.model.scores(self.matrix(rows))
         if not labelled and self.monitor is not None:
-            self.monitor.check_share_alone(rows, scores)
+            self.monitor.check_share_alone(self._readings(self.model, rows))
         images, labels = int(rows["group"].nunique()), rows["label"].to_numpy(dtype=int) if labelled else None
         line, base_rate, model, threshold = recalibrate(
             self.model, scores, labels, self._base_rate, self.threshold, images
@@ -310,7 +350,7 @@ class Detector:
         new.notes = {key: value for key, value in self.notes.items() if key not in ("split", "figures")}
         new.notes["recalibrated"] = {"images": images, "mentions": len(rows), "labelled": labelled, "line": list(line)}
         if self.monitor is not None:
-            new.monitor = self.monitor.with_reference(rows, scores)
+            new.monitor = self.monitor.with_reference(self._readings(model, rows))
         return new
 
     def select_mentions(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
@@ -586,7 +626,9 @@ class Detector:
                 inputs = replace(inputs, imaged=True)
             model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])
             if manifest.monitor is not None:
-                detector.monitor = ShiftMonitor.restore(dict(manifest.monitor), arrays.under("monitor"), inputs.plain)
+                detector.monitor = ShiftMonitor.restore(
+                    dict(manifest.monitor), arrays.under("monitor"), inputs.explained_columns
+                )
             detector._model = CalibratedModel.restore(model, settings["calibration"], arrays, inputs.width)
         except (ArtefactError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{folder / artifact.OBJECTS} cannot be used: {error}") from None

@@ -181,6 +181,20 @@ class ImageProbe:
             scores[usable] = -self.transform(pictures)[codes[usable], named[usable]]
         return scores
 
+    def contents(self, rows: pd.DataFrame) -> np.ndarray:
+        """Compute the probability that each row's picture shows each object, (rows, objects); NaN without tokens.
+
+        Args:
+            rows: of a token table with image tokens.
+
+        Raises:
+            DataError: the tokens are of another kind.
+        """
+        codes, pictures = _pictures(rows)
+        contents = np.full((len(rows), len(self.bias)), np.nan)
+        contents[codes >= 0] = expit(self.transform(pictures))[codes[codes >= 0]]
+        return contents
+
 
 def backward(
     parts: Sequence[np.ndarray],

@@ -233,7 +233,7 @@ def shift_sentence(
     if detector.monitor is None:
         return ""
     table = token_rows(encoded, answer, mentions, columns, profile_text(picture))
-    return detector.monitor.sentence(detector.monitored_mentions(table))
+    return detector.shift_sentence(table)
 
 
 def token_rows(

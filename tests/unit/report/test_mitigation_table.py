@@ -39,7 +39,7 @@ def test_holm_is_monotone_and_passes_over_what_is_not_known():
 
 def judged(auroc, p):
     return DetectorFigures(
-        Interval(auroc, 0, 1, 9, 40), Interval(0.02, 0, 1, 9, 40), RunShift(40, 1, 0.01, p, "answer")
+        Interval(auroc, 0, 1, 9, 40), Interval(0.02, 0, 1, 9, 40), RunShift(40, 1, 0.01, p, "answer", p <= 0.05)
     )
 
 
