@@ -5,7 +5,6 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); for LVLMs Neo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -122,12 +121,15 @@ class Lens:
         if not self.checked and tokens.numel():
             self._check(hidden[-1], logits)
         final = logits.log_softmax(-1) if "trajectory" in requires else None
+        shares = None if final is None else final.exp()
         parts: dict[str, list[Tensor]] = {} if final is None else {"trajectory": []}
         at_once = _CACHED // logits.shape[-1] if logits.device.type == "cpu" else len(logits)
         size = max(1, at_once)  # rows
         for layer in [*hidden[:-1], None]:
             decoded = (logits if layer is None else self.decode(layer)).split(size)
-            others = [None] * len(decoded) if layer is None or final is None else final.split(size)
+            others: list[tuple[Tensor, Tensor] | None] = [None] * len(decoded)
+            if layer is not None and final is not None and shares is not None:
+                others = list(zip(final.split(size), shares.split(size), strict=True))
             rows = zip(decoded, tokens.split(size), others, strict=True)
             values = [_reduce(*part, requires) for part in rows]
             for name in values[0]:
@@ -183,7 +185,7 @@ class Lens:
                 parts["lens_rank"].append(rank)
             if "trajectory" in requires:
                 logprobs = decoded.log_softmax(-1)
-                parts["trajectory"].append(_divergence(logprobs[:, :-1], logprobs[:, -1:]))
+                parts["trajectory"].append(_divergence(logprobs[:, :-1], logprobs[:, -1:], logprobs[:, -1:].exp()))
         return {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in parts.items() if values}
 
     def _check(self, hidden: Tensor, logits: Tensor) -> None:
@@ -223,8 +225,10 @@ def lens_of(model: PreTrainedModel) -> Lens:
     return _lenses[model]
 
 
-def _reduce(logits: Tensor, tokens: Tensor, final: Tensor | None, requires: Collection[str]) -> dict[str, Tensor]:
-    """Reduce rows of one layer, see ``Lens.read``; ``final`` are log-probabilities of the output to compare with."""
+def _reduce(
+    logits: Tensor, tokens: Tensor, final: tuple[Tensor, Tensor] | None, requires: Collection[str]
+) -> dict[str, Tensor]:
+    """Reduce rows of one layer, see ``Lens.read``; ``final``: log-probabilities and probabilities to compare with."""
     logprobs = logits.log_softmax(-1)
     values: dict[str, Tensor] = {}
     if "lens" in requires:
@@ -233,7 +237,7 @@ def _reduce(logits: Tensor, tokens: Tensor, final: Tensor | None, requires: Coll
         values["lens_entropy"] = -(logprobs.exp() * logprobs).sum(-1).cpu()
         values["lens_top"] = logits.argmax(-1).cpu()
     if final is not None:
-        values["trajectory"] = _divergence(logprobs.to(final.device), final)
+        values["trajectory"] = _divergence(logprobs.to(final[0].device), *final)
     return values
 
 
@@ -246,8 +250,9 @@ def _logprob_and_rank(logits: Tensor, tokens: Tensor, logprobs: Tensor | None = 
     return logprob.float().cpu(), rank.float().cpu()
 
 
-def _divergence(first: Tensor, other: Tensor) -> Tensor:
-    """Compute the (...) Jensen-Shannon divergence of two (..., V) log-distributions."""
-    middle = torch.logaddexp(first, other) - math.log(2)
-    halves = [(part.exp() * (part - middle)).sum(-1) for part in (first, other)]
+def _divergence(first: Tensor, other: Tensor, other_shares: Tensor) -> Tensor:
+    """Compute the (...) Jensen-Shannon divergence of two (..., V) log-distributions; ``other_shares``: exp(other)."""
+    shares = first.exp()
+    middle = ((shares + other_shares) / 2).clamp(min=1e-38).log()  # a third of the time of logaddexp
+    halves = [(shares * (first - middle)).sum(-1), (other_shares * (other - middle)).sum(-1)]
     return ((halves[0] + halves[1]) / 2).clamp(min=0).cpu()
