@@ -128,6 +128,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     from stethoscope.core.component import import_plugins
 
     options, words = split(arguments)
+    folder = option(options, "--config-dir", "-cd")
     sweeping = bool({"-m", "--multirun"} & set(options))
     if world_size() > 1 and sweeping:
         raise ConfigError(
@@ -136,14 +137,14 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     if command == "mitigate" and sweeping:
         raise ConfigError("mitigate makes a run of every method itself; start it once for each of the other settings")
     if not {"-sc", "--shell-completion"} & set(options):
-        words = complete_choices(words, option(options, "--config-dir", "-cd"))
+        words = complete_choices(words, folder)
         words = list(filter(None, (spell(word, command, sweeping) for word in words)))
-        words = name_loggers(name_estimator(words), command, option(options, "--config-dir", "-cd"))
+        words = name_loggers(name_estimator(words), command, folder)
     if {"-h", "--help"} & set(options):
         try:
-            print(help_text(command, words, option(options, "--config-dir", "-cd")))
+            print(help_text(command, words, folder))
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error, command, words)) from error
+            raise ConfigError(explain(error, command, words, folder)) from error
         return
     sweep = Sweep.of(command, words)
     if sweeping:
@@ -171,7 +172,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         with masked_multirun():
             wrapped()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, command, words)) from error
+        raise ConfigError(explain(error, command, words, folder)) from error
     except Exception as error:
         if not (sweep.started or sweeping):
             raise

@@ -230,6 +230,15 @@ def quote(text: str, interpolations: bool = False) -> str:
     return f"'{''.join(quoted)}'"
 
 
+def search_path(folder: str | None) -> list[str]:
+    """Return the override by which Hydra finds the user's configuration files; none without such a folder.
+
+    Args:
+        folder: of ``--config-dir``.
+    """
+    return [] if folder is None else [f"hydra.searchpath=[{quote(f'file://{Path(folder).resolve()}')}]"]
+
+
 def unquoted(word: str) -> str:
     """Convert an override from Hydra's grammar to readable text, without quotes.
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import yaml
 
-from stethoscope.commands.command_line import quote
+from stethoscope.commands.command_line import search_path
 from stethoscope.core.component import choices, compose, conf_folder
 
 WIDTH, COLUMN = 118, 28
@@ -37,8 +37,7 @@ def help_text(command: str, overrides: Sequence[str], folder: str | None = None)
     """
     from omegaconf import OmegaConf
 
-    own = [] if folder is None else [f"hydra.searchpath=[{quote(f'file://{Path(folder).resolve()}')}]"]
-    config = compose([*overrides, *own], command, hydra=True)
+    config = compose([*overrides, *search_path(folder)], command, hydra=True)
     sources = config.hydra.runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"] + [conf_folder()]
     chosen = {key: name for key, name in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}

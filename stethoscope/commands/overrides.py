@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from stethoscope.commands import HYDRA_COMMANDS
+from stethoscope.commands.command_line import search_path
 from stethoscope.core.component import TARGET, choices, compose, conf_folder, groups, is_located
 from stethoscope.core.errors import ConfigError, first_line, unknown
 from stethoscope.core.text import one_line
@@ -211,13 +212,14 @@ def command_file(command: str, folders: tuple[Path, ...] = ()) -> CommandFile:
     return CommandFile(tuple(settings), tuple(choices))
 
 
-def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
+def explain(error: Exception, command: str, overrides: Sequence[str], folder: str | None = None) -> str:
     """Explain an exception of Hydra or OmegaConf in one line.
 
     Args:
         error: raised while composing or reading the configuration.
         command: name of the root configuration.
         overrides: of the user, ``key=value``.
+        folder: of the user's configuration files, ``--config-dir``.
     """
     from hydra.errors import MissingConfigException
     from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
@@ -251,7 +253,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
             return _other_group(key, command, overrides)
         if key.startswith(f"{ESTIMATOR}."):
             return f"{key} is a setting of a class, which {ESTIMATOR}.{TARGET}=sklearn.svm.SVC, for example, chooses"
-        return _unknown_setting(key, _known_keys(command, overrides, key))
+        return _unknown_setting(key, _known_keys(command, [*overrides, *search_path(folder)], key))
     return one_line(re.sub(r"\s*See https://hydra.cc\S*.*", "", text, flags=re.DOTALL))
 
 

@@ -149,6 +149,8 @@ def test_custom_task(examples, stethoscope):
     metrics = json.loads(Path("runs/one/metrics.json").read_text())["both_right"]["metrics"]
     values = {(row["metric"], row["subset"]): row["value"] for row in metrics}
     assert values["pairs", "all"] <= min(values["accuracy", "yes"], values["accuracy", "no"]) <= 1
+    line = stethoscope("evaluate", *CONF, "plugins=[custom_task]", "task=both_right", "task.scene=3")
+    assert "'scene'; did you mean 'scenes'? There are: scenes" in line
 
 
 def test_custom_feature(examples, finished, stethoscope, tmp_path):
