@@ -50,7 +50,8 @@ def run(config: DictConfig) -> None:
     chair = build(config.chair, Task, "chair", config.plugins)
     print(features.summary)
     detector = build(config.detector, Detector, "detector", config.plugins)
-    check_patterns([*(detector.settings["features"] or ()), *detector.settings["exclude"]], features.names)
+    check_patterns(detector.settings["features"] or (), features.names)
+    check_patterns(detector.settings["exclude"], features.names, "feature to exclude")
     check_sets(as_list(config.sets), features.names)
     if not (config.overwrite or config.fast_dev_run):
         keep_detector(folder, detector, shares, config.seed, chair.name, None)

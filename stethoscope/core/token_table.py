@@ -266,8 +266,13 @@ def stem(column: str) -> str:
     return _SUFFIX.sub("", column)
 
 
-def check_patterns(patterns: Sequence[str], features: Sequence[str]) -> None:
+def check_patterns(patterns: Sequence[str], features: Sequence[str], kind: str = "feature") -> None:
     """Check, before any column is computed, that names or shell patterns can match columns of some features.
+
+    Args:
+        patterns: to check.
+        features: names of the features.
+        kind: what a pattern stands for, in messages.
 
     Raises:
         ConfigError: a pattern cannot match.
@@ -281,7 +286,7 @@ def check_patterns(patterns: Sequence[str], features: Sequence[str]) -> None:
             name == pattern or start.startswith(f"{name}_") or (open_end and name.startswith(start))
             for name in features
         ):
-            raise ConfigError(unknown("feature", pattern, features))
+            raise ConfigError(unknown(kind, pattern, features))
 
 
 def select_features(
@@ -297,17 +302,18 @@ def select_features(
     """
     known = set(names)
 
-    def matching(patterns: Sequence[str]) -> set[str]:
+    def matching(patterns: Sequence[str], kind: str = "feature") -> set[str]:
         matches: set[str] = set()
         for pattern in patterns:
             plain = not set(pattern) & set("*?[")  # a name, of which a learner may have hundreds
             fits = known & {pattern} if plain else {name for name in names if fnmatch.fnmatchcase(name, pattern)}
             if not fits:
-                raise ConfigError(unknown("feature", pattern, {stem(name) for name in names}))
+                raise ConfigError(unknown(kind, pattern, {stem(name) for name in names}))
             matches |= fits
         return matches
 
-    included, excluded = known if include is None else matching(include), matching(exclude)
+    included = known if include is None else matching(include)
+    excluded = matching(exclude, "feature to exclude")
     selected = tuple(name for name in names if name in included and name not in excluded)
     if not selected:
         raise ConfigError(f"features={include} without exclude={list(exclude)} leaves no feature of {len(names)}")

@@ -102,6 +102,8 @@ def test_features_are_chosen_by_name_and_pattern():
     assert Detector(features=["n*"], exclude=["noise"]).fit(TRAIN, CALIBRATION).features == ("nll",)
     with pytest.raises(ConfigError, match="unknown feature 'nil'; did you mean 'nll'"):
         Detector(features=["nil"]).fit(TRAIN, CALIBRATION)
+    with pytest.raises(ConfigError, match="unknown feature to exclude 'nil'; did you mean 'nll'"):
+        Detector(exclude=["nil"]).fit(TRAIN, CALIBRATION)
     with pytest.raises(ConfigError, match="leaves no feature"):
         Detector(exclude=["*"]).fit(TRAIN, CALIBRATION)
 
