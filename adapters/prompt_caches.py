@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from stethoscope.adapters.fingerprint import state_key
 from stethoscope.core.cache import LRUCache
+from stethoscope.tracing.growing_cache import GrowingCache, GrowingLayer
 from stethoscope.tracing.model_parts import capture_inputs, layers_of
 from stethoscope.tracing.trace import Encoded, PromptCache
 
@@ -67,7 +68,9 @@ def split_cache(cache: Any, columns: Sequence[Sequence[slice]], first: int = 0) 
     Returns:
         A cache by row; None where the cache drops or changes keys.
     """
-    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if type(cache) not in (DynamicCache, GrowingCache):
+        return None
+    if any(type(layer) not in (DynamicLayer, GrowingLayer) for layer in cache.layers):
         return None
     ranges = [_merged(parts) for parts in columns]
     copies = any(len(parts) > 1 for parts in ranges)
@@ -128,7 +131,16 @@ def join_caches(
 def joined_cache(
     caches: Sequence[PromptCache], prefix_lengths: Sequence[int], pad_offsets: Sequence[int]
 ) -> DynamicCache:
-    """Copy the first tokens of every prompt's cache, padded on the left, into a cache that generation goes on from."""
+    """Copy the first tokens of every prompt's cache, padded on the left, into a cache that generation goes on from.
+
+    Where these are all tokens of the prompts of a graph that is not kept whole, the cache shares its keys and values.
+    """
+    graph = caches[0].graph
+    if graph is not None and not graph.keeps_whole and all(cache.graph is graph for cache in caches):
+        whole = [cache.index for cache in caches] == list(range(len(graph.inputs["input_ids"])))
+        shared = graph.growing_cache() if whole and set(prefix_lengths) == {graph.length - 1} else None
+        if shared is not None:
+            return shared
     joined = DynamicCache()
     for layer, (keys, values) in enumerate(join_caches(caches, prefix_lengths, pad_offsets)):
         joined.update(keys, values, layer)

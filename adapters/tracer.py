@@ -24,7 +24,7 @@ from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_passes, relevancy_from_inputs
-from stethoscope.relevancy.shared_passes import AnswerPass, PrefixCache, PromptPass
+from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass
 from stethoscope.tracing.answer_recorder import RecordedRows
 from stethoscope.tracing.attention_recorder import (
     HeadAttentionRecorder,
@@ -312,7 +312,7 @@ class Tracer:
         """Prepare a pass over answers, continued from the graph of the prompts or their KV caches, if they have any."""
         caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
         if len(caches) == len(encoded):
-            prefix = None if graph is None else PrefixCache(graph.layers)
+            prefix = None if graph is None else graph.prefix_cache()
             return self._forward.continue_from_cache(encoded, ids, caches, consuming=consuming, prefix=prefix)
         return self._forward.full_forward(encoded, ids, consuming)
 

@@ -194,7 +194,8 @@ def attention_blocks(
     scaling = call.options.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, samples, heads = _block_shape(call, query, key)
-    parts = _split(call, query, key.contiguous(), value.contiguous(), gradient, grads, samples, heads)
+    key, value = (part if part.stride(2) == part.shape[3] else part.contiguous() for part in (key, value))
+    parts = _split(call, query, key, value, gradient, grads, samples, heads)
     for start, stop in _row_blocks(call, gradient, rows):
         end = max(call.ends[start:stop])
         abar = torch.zeros(len(query), stop - start, end, dtype=_float32_or_better(query), device=query.device)
@@ -412,7 +413,12 @@ def _add_key_gradient(
         return
     if live:
         maps = maps[..., call.skipped :]
-        target[:, :, : maps.shape[-1]].add_(maps.transpose(-1, -2) @ vectors, alpha=factor)
+        sums, maps = target[:, :, : maps.shape[-1]], maps.transpose(-1, -2)
+        if sums.dtype != maps.dtype:
+            sums.add_(maps @ vectors, alpha=factor)
+            return
+        for sum_of_sample, left, right in zip(sums, maps, vectors, strict=True):
+            sum_of_sample.baddbmm_(left, right, alpha=factor)
     elif call.site.role == "language":
         split, keys = (maps.shape[0], maps.shape[1], -1, stop - start), slice(call.skipped + start, call.skipped + stop)
         own = maps.reshape(*split, maps.shape[-1])[..., keys].diagonal(dim1=-2, dim2=-1)

@@ -93,7 +93,7 @@ class AttentionGradRecorder(AttentionRecorder):
         offset = sizes.get(site.name, 0)
         sizes[site.name] = offset + key.shape[0] * key.shape[2]
         if site.role == "language" and not recomputing:
-            self.on_keys(site, key, value)
+            key, value = self.on_keys(site, key, value)
         observer = self._observer
         if observer is not None and (recomputing or site.role not in observer.roles):
             observer = None
@@ -128,8 +128,9 @@ class AttentionGradRecorder(AttentionRecorder):
             self._finite.append((site.name, torch.isfinite(output.detach().sum(dtype=dtype))))
         return output
 
-    def on_keys(self, site: Site, key: Tensor, value: Tensor) -> None:
-        """Receive keys and values of a layer of the language model before its attention is computed."""
+    def on_keys(self, site: Site, key: Tensor, value: Tensor) -> KeysAndValues:
+        """Return the keys and values of a layer of the language model that its attention is to read."""
+        return key, value
 
     def finish(self) -> None:
         if not self.layers.get("language"):
@@ -223,8 +224,10 @@ class TracedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: TracedCall) -> Tensor:
-        own = [part[:, :, call.skipped :].clone() if call.skipped else part for part in (key, value)]
-        ctx.save_for_backward(query, *own)  # the prefix is stored once, not with every pass behind it
+        kept = key, value  # the prefix is stored once, not with every pass behind it
+        if call.prefix is not None and key.data_ptr() != call.prefix[0].data_ptr():
+            kept = key[:, :, call.skipped :].clone(), value[:, :, call.skipped :].clone()
+        ctx.save_for_backward(query, *kept)
         ctx.call = call
         output, weights = attention_and_map(call.module, query, key, value, call.mask, call.needs_map, **call.options)
         if call.keep_map and weights is not None and weights.numel() <= SMALL_MAP:
@@ -237,21 +240,30 @@ class TracedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         call, (query, key, value) = ctx.call, ctx.saved_tensors
         dtype = torch.promote_types(query.dtype, torch.float32)
-        grads = tuple(
-            torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if needed else None
-            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        )
         if call.prefix is not None:
             call.prefix_gradients = _empty_factors(query, call), _empty_factors(query, call)
-            key, value = (torch.cat(parts, 2) for parts in zip(call.prefix, (key, value), strict=True))
+            if key.shape[2] < call.keys:
+                key, value = (torch.cat(parts, 2) for parts in zip(call.prefix, (key, value), strict=True))
+        own = query, key[:, :, call.skipped :], value[:, :, call.skipped :]
+        grads = tuple(
+            torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if needed else None
+            for tensor, needed in zip(own, ctx.needs_input_grad, strict=False)
+        )
         blocks = attention_blocks(call, query, key, value, gradient.transpose(1, 2), grads)
         call.receive(call, blocks)
         call.prefix_gradients = None
         returned = [None if grad is None else grad.to(query.dtype) for grad in grads]
         for index in (1, 2) if call.skipped else ():
-            own = returned[index]
-            returned[index] = None if own is None else torch.nn.functional.pad(own, (0, 0, call.skipped, 0))
+            gradient_of_own = returned[index]
+            returned[index] = None if gradient_of_own is None else _behind_prefix(gradient_of_own, call.keys)
         return *returned, None
+
+
+def _behind_prefix(own: Tensor, keys: int) -> Tensor:
+    """Return the gradient (B, heads, k, d) of all keys, of which only that of the last, ``own``, will be read."""
+    gradient = own.new_empty(*own.shape[:2], keys, own.shape[3])
+    gradient[:, :, keys - own.shape[2] :] = own
+    return gradient
 
 
 def _empty_factors(query: Tensor, call: TracedCall) -> PrefixGradient:

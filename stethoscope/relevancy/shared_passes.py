@@ -14,11 +14,11 @@ reach them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn
-from weakref import proxy
+from weakref import ReferenceType, proxy, ref
 
 import torch
 from torch import Tensor
@@ -26,13 +26,14 @@ from torch.autograd.graph import get_gradient_edge
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from stethoscope.core.errors import DataError
+from stethoscope.core.errors import CapabilityError, DataError
 from stethoscope.relevancy.attention_backward import Receiver, default_budget
 from stethoscope.relevancy.checkpointing import SparseGraphs
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, LayerCall, Seeds
-from stethoscope.relevancy.token_alignment import first_sample, image_token_kind, probe_alignment
+from stethoscope.relevancy.token_alignment import TokenAlignment, first_sample, image_token_kind, probe_alignment
+from stethoscope.tracing.growing_cache import GrowingCache, GrowingLayer, with_room
 from stethoscope.tracing.hooks import AttentionRecorder, record
-from stethoscope.tracing.model_parts import Site, capture_inputs, route_model
+from stethoscope.tracing.model_parts import Site, capture_inputs, route_model, sites
 from stethoscope.tracing.trace import CAUSAL
 
 _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
@@ -49,6 +50,18 @@ class _KeysReached(Exception):
         self.keys_and_values = keys, values
 
 
+class _MovedTo(torch.autograd.Function):
+    """Identity op whose output is a copy that exists already; the graph behind it then keeps no other."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, copies: list[Tensor]) -> Tensor:
+        return copies[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *gradients, None
+
+
 class PromptGradRecorder(AttentionGradRecorder):
     """Records the pass over prompts, which ends at the keys and values of the last layer.
 
@@ -58,21 +71,33 @@ class PromptGradRecorder(AttentionGradRecorder):
 
     Attributes:
         keys_and_values: by name of the attention module, detached; empty when no pass needs them any more.
+        roomy: the same at the beginning of tensors with room for the answer, which generation writes there; empty with
+            whole graphs, which small models have.
     """
 
     def __init__(self, keep_graphs: bool, sparse: SparseGraphs | None) -> None:
         super().__init__(None, keep_graphs, salient=None, sparse=sparse)
+        self._makes_room = sparse is not None or not keep_graphs
         self.keys_and_values: dict[str, KeysAndValues] = {}
+        self.roomy: dict[str, KeysAndValues] = {}
         self._ends_at_keys = False
 
-    def on_keys(self, site: Site, key: Tensor, value: Tensor) -> None:
-        """Store keys and values of a layer, and end the pass with those of the last."""
+    def on_keys(self, site: Site, key: Tensor, value: Tensor) -> KeysAndValues:
+        """Store keys and values of a layer, which the graph shares, and end the pass with those of the last."""
         if site.name in self.keys_and_values:
-            return
+            return key, value
+        if self._makes_room:
+            roomy = self.roomy[site.name] = with_room(key.detach()), with_room(value.detach())
+            # by ``data``, as what is written behind them would else count as a change of what the graph keeps
+            key, value = (
+                _MovedTo.apply(part, [whole[:, :, : part.shape[2]].data])
+                for part, whole in zip((key, value), roomy, strict=True)
+            )
         self.keys_and_values[site.name] = key.detach(), value.detach()
         if self._ends_at_keys:
             self.layers.setdefault(site.role, []).append(site.name)
             raise _KeysReached(key, value)
+        return key, value
 
     def run_to_keys(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> KeysAndValues:
         """Run the last layer up to its keys and values."""
@@ -111,6 +136,7 @@ class PromptPass:
         alignment: of vision and image tokens, for kind ``merged``.
         sample: inputs of the first prompt.
         sparse: graphs that are kept are sparse.
+        keeps_whole: graphs are kept, and not sparse.
         spent: a backward pass has used the graph.
 
     Raises:
@@ -129,12 +155,15 @@ class PromptPass:
     ) -> None:
         self.model, self.budget, self.recompute, self.spent = model, budget, recompute, False
         self.sparse = sparse and not recompute
+        self.keeps_whole = not (sparse or recompute)
         graphs = SparseGraphs() if self.sparse else None
         with torch.inference_mode(False), torch.enable_grad():
             self.inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
             ids = self.inputs["input_ids"]
             self.length, self.image = ids.shape[1], _image_positions(model, ids)
             read = {name: value[:, :-1] if value.shape == ids.shape else value for name, value in self.inputs.items()}
+            self.sample = first_sample(self.inputs, len(ids))
+            self.alignment = None if self.keeps_whole else self._probe_early()
             self.recorder = PromptGradRecorder(not recompute, graphs)
             self._last: KeysAndValues
             with (
@@ -148,12 +177,23 @@ class PromptPass:
                 model(**read, use_cache=False)
         _release_unused(self.recorder.checkpointer.calls, self._last)
         self.layers = tuple(self.recorder.keys_and_values.values())
+        self._lent: ReferenceType[DynamicCache] | None = None
         self.embeds = captured[0][:, self.image.to(captured[0].device)]
         self.kind = image_token_kind(model, self.recorder, len(ids), len(self.image), False)
-        self.sample, self.alignment = first_sample(self.inputs, len(ids)), None
-        if self.kind == "merged":  # now, because the probe takes memory too and the answers have no graphs yet
+        if self.kind != "merged":
+            self.alignment = None
+        elif self.alignment is None:
             with torch.inference_mode(False), torch.enable_grad():
                 self.alignment = probe_alignment(model, self.sample, self.image)
+
+    def _probe_early(self) -> TokenAlignment | None:
+        """Return the alignment of an ordinary tower, whose probe takes as much memory as a layer, before the graph."""
+        roles = {site.role for site in sites(self.model).values()}
+        if "vision" not in roles or "connector" in roles:
+            return None
+        with suppress(CapabilityError):  # the pass finds out what the model has, and says so
+            return probe_alignment(self.model, self.sample, self.image)
+        return None
 
     def _run_last(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> NoReturn:
         """Run the last layer up to its keys and values, and end the pass."""
@@ -178,10 +218,34 @@ class PromptPass:
         root = torch.stack([seed.product(part) for part, seed in zip(self._last, gradients, strict=True)]).sum()
         self.recorder.backward(self.model, [root], [receive], self.length - 1, budget, last=True)
 
+    def growing_cache(self) -> GrowingCache | None:
+        """Return a cache of the P - 1 tokens that writes further ones behind them; None while another one does.
+
+        Its keys and values are those of the graph, not copies.
+        """
+        if not self._has_room():
+            return None
+        cache = GrowingCache(GrowingLayer(roomy, self.length - 1) for roomy in self.recorder.roomy.values())
+        self._lent = ref(cache)
+        return cache
+
+    def prefix_cache(self) -> PrefixCache:
+        """Return a cache of the P - 1 tokens that does not grow, for the pass behind them."""
+        if not self._has_room():
+            return PrefixCache(self.layers)
+        cache = PrefixCache(self.layers, list(self.recorder.roomy.values()))
+        self._lent = ref(cache)
+        return cache
+
+    def _has_room(self) -> bool:
+        """Tell whether there is room behind the keys and values, and no cache writes there."""
+        return not self.spent and bool(self.recorder.roomy) and (self._lent is None or self._lent() is None)
+
     def release_cache(self) -> None:
         """Drop keys and values, which only passes behind the prompt need."""
         self.layers = ()
         self.recorder.keys_and_values.clear()
+        self.recorder.roomy.clear()
 
     def release(self) -> None:
         """Drop the graph."""
@@ -227,7 +291,7 @@ class AnswerPass:
         past = self.prompt.length - 1
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
         mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=ids.device) if mask is None else mask
-        cache = PrefixCache(self.prompt.layers)
+        cache = self.prompt.prefix_cache()
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
 
     def backward(self, root: Tensor, rows: int, receive: Receiver) -> None:
@@ -249,16 +313,31 @@ class AnswerPass:
         self.prompt.release()
 
 
+class _Behind(torch.autograd.Function):
+    """Write keys or values behind a prefix, and return both."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, roomy: list[Tensor], start: int) -> Tensor:
+        ctx.start, end = start, start + states.shape[2]
+        roomy[0][:, :, start:end] = states
+        return roomy[0][:, :, :end].data  # what later passes write there is no change of what the graph keeps
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0][:, :, ctx.start :], None, None
+
+
 class PrefixCache(DynamicCache):
     """KV cache of the tokens before a pass. It does not grow, so layers may run again.
 
     Args:
         layers: by layer, keys and values (B, key-value heads, prefix, d).
+        roomy: by layer, tensors that begin with these, and may hold those of the pass behind them.
     """
 
-    def __init__(self, layers: Iterable[tuple[Tensor, ...]]) -> None:
+    def __init__(self, layers: Iterable[tuple[Tensor, ...]], roomy: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         super().__init__()
-        self._prefix = [(keys, values) for keys, values in layers]
+        self._prefix, self._roomy = [(keys, values) for keys, values in layers], roomy
         for index, (keys, values) in enumerate(self._prefix):
             super().update(keys[:, :, :0], values[:, :, :0], index)
             self.layers[index].keys, self.layers[index].values = keys, values  # an update would copy them
@@ -268,6 +347,10 @@ class PrefixCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Return keys and values of the prefix followed by those given, and store nothing."""
         keys, values = self._prefix[layer_idx]
+        start, own = keys.shape[2], key_states.shape[2]
+        if self._roomy and start + own <= self._roomy[layer_idx][0].shape[2]:
+            roomy = self._roomy[layer_idx]
+            return _Behind.apply(key_states, [roomy[0]], start), _Behind.apply(value_states, [roomy[1]], start)
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 

@@ -8,7 +8,7 @@ from helpers import zoo
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.relevancy import relevancies_from_passes
+from stethoscope.relevancy import checkpointing, relevancies_from_passes
 from stethoscope.relevancy.checkpointing import SparseGraphs
 from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass
 from stethoscope.tracing.hooks import selected
@@ -86,7 +86,9 @@ def relevancy(case, **options):
         return relevancies_from_passes(answer_pass, logits, [zoo.ANSWER])[0]
 
 
-def test_relevancy_by_sparse_graphs():
+@pytest.mark.parametrize("many", [2**20, 4], ids=["whole", "halves"])
+def test_relevancy_by_sparse_graphs(monkeypatch, many):
+    monkeypatch.setattr(checkpointing, "_MANY", many)
     case = zoo.llava()
     sparse, whole = relevancy(case, recompute=False, sparse=True), relevancy(case, recompute=False)
     for name in ("llm", "vision", "saliency"):

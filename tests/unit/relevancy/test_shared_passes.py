@@ -66,3 +66,24 @@ def test_the_probe_of_the_alignment_keeps_no_graph_of_further_layers():
         return sum(sizes), alignment.image.tolist()
 
     assert saved(8) == saved(3)
+
+
+def test_generation_writes_behind_the_keys_of_the_graph():
+    case = zoo.llava()
+    inputs = {name: case.inputs[name] for name in ("input_ids", "pixel_values")}
+    assert PromptPass(case.model, inputs, recompute=False).growing_cache() is None  # small models copy them
+    prompt = PromptPass(case.model, inputs, recompute=False, sparse=True)
+    kept = [part.clone() for pair in prompt.layers for part in pair]
+    cache = prompt.growing_cache()
+    shared = [(own.keys, own.values) for own in cache.layers]
+    assert [part.data_ptr() for pair in shared for part in pair] == [
+        part.data_ptr() for pair in prompt.layers for part in pair
+    ]
+    assert prompt.growing_cache() is None  # two answers would overwrite each other
+    own = torch.rand(*shared[0][0].shape[:2], 1, shared[0][0].shape[3])
+    keys, _ = cache.update(own, own, 0)
+    assert keys.data_ptr() == prompt.layers[0][0].data_ptr()
+    assert torch.equal(keys[:, :, -1:], own)
+    assert all(torch.equal(part, copy) for part, copy in zip(sum(prompt.layers, ()), kept, strict=True))
+    del cache, shared, keys
+    assert prompt.growing_cache() is not None
