@@ -256,12 +256,11 @@ class Detector:
 
     def _readings(self, model: CalibratedModel, mentions: pd.DataFrame, contents: bool = True) -> Readings:
         """Read what the monitor compares of mentions; with ``contents`` also which objects their pictures show."""
-        matrix, log_odds = self.matrix(mentions), np.zeros(0)
-        if len(mentions):
-            log_odds = logit(np.clip(model.predict(matrix), *PROBABILITIES))
-        inner: Any = model.model
+        matrix, inner = self.matrix(mentions), model.model
         while isinstance(inner, Stacked) and len(mentions):
             matrix, inner = inner.join_inputs(matrix), inner.classifier_
+        scores = inner.decision_function(matrix) if len(mentions) else np.zeros(0)
+        log_odds = logit(np.clip(model.calibrate(scores), *PROBABILITIES))
         columns = matrix[:, : len(self._inputs.explained_columns)]
         probe = self._image_probe if contents and has_tokens(mentions) else None
         return Readings(mentions, columns, log_odds, None if probe is None else probe.contents(mentions))

@@ -259,8 +259,7 @@ class ShiftMonitor:
             A row per answer with a mention: ``task``, ``sample_id``, ``group``, ``view`` (of the largest distance),
             ``p`` in (0, 1], and ``unlike``, whether p is at most ``level``.
         """
-        keys = ["task", "sample_id"]
-        rows = readings.mentions.drop_duplicates(keys)[[*keys, "group"]].reset_index(drop=True)
+        rows = readings.mentions[["task", "sample_id", "group"]].iloc[readings.first_rows].reset_index(drop=True)
         distances = self._distances(readings)
         names = np.array(list(distances))
         stacked = np.nan_to_num(np.stack(list(distances.values())), nan=-np.inf)

@@ -7,6 +7,7 @@ and estimates, from probabilities alone, of a changed share of hallucinations an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -53,23 +54,23 @@ class Readings:
         owners = pd.Series(self.owners, index=self.mentions.index)
         return self.select((owners == owners.groupby(self.mentions["group"]).transform("min")).to_numpy())
 
-    @property
+    @cached_property
     def owners(self) -> np.ndarray:
         """Index of every row's answer, (rows,) int, in order of first appearance."""
         return self.mentions.groupby(["task", "sample_id"], sort=False).ngroup().to_numpy()
 
-    @property
+    @cached_property
     def order(self) -> np.ndarray:
         """Number of mentions of the same answer before each, (rows,) int, at most ``MAX_ORDER`` - 1."""
         counts = self.mentions.groupby(["task", "sample_id"], sort=False).cumcount().to_numpy()
         return np.minimum(counts, MAX_ORDER - 1)
 
-    @property
+    @cached_property
     def first_rows(self) -> np.ndarray:
         """Index of the first row of every answer, (answers,) int."""
         return np.unique(self.owners, return_index=True)[1]
 
-    @property
+    @cached_property
     def profiles(self) -> np.ndarray:
         """Profile of every answer's picture, (answers, ``LENGTH``); NaN where it is not known."""
         texts = self.mentions["picture"] if "picture" in self.mentions else pd.Series("", index=self.mentions.index)
