@@ -154,6 +154,7 @@ def test_where_the_detector_sees_the_object(browser, diagnosis, tmp_path):
     assert not look(page)["map"][:, 3].any()
     assert "names no object that the detector looks for" in page.locator("[data-id=seen-note]").inner_text()
     page.locator("[data-id=picture]").click()  # patches are chosen as before
+    redrawn(page)
     assert page.locator("[data-id=patch-title]").inner_text().startswith("Tokens to which this patch")
     page.locator("[data-id=source]").select_option("raw")
     assert look(page)["map"][:, 3].any()

@@ -172,7 +172,7 @@ class World:
             for task in ("pope", "chair"):
                 record = next(iter(source.store.records(task)), None)
                 if record is not None:
-                    runs._read_picture("one", source, record, [])
+                    runs._read_picture(source, record, [])
             detectors_for_model(folder, {"model_id": "x"})
 
         def train_reads() -> None:

@@ -145,7 +145,7 @@ def test_the_table_of_two_checkouts_takes_ratios_pair_by_pair(monkeypatch):
     ]
     lines = [
         {"part": "features-8", "name": name, "threads": 1, "round": number, "values": {
-            way: [value, 2 * value] for way, value in (("none", plain), ("fast", fast), ("default", 9), ("full", 9))
+            way: [value, 2 * value] for way, value in zip(("none", *against.SETS), (plain, fast, 9, 9, 9), strict=True)
         }}
         for number, pair in enumerate(seconds)
         for name, (plain, fast) in zip(against.CHECKOUTS, pair, strict=True)
