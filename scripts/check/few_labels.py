@@ -4,11 +4,12 @@
     stethoscope extract run=runs/many features=[default_verified,paper/haloprobe]
     python scripts/check/few_labels.py runs/many
     python scripts/check/few_labels.py runs/detectors --split 0 --counts 0 200 --draws 2   # the leader board's pictures
+    python scripts/check/few_labels.py runs/detectors --test runs/seed7 --few-alone        # fresh ones, of held_out.py
 
-2,000 pictures are held out, or the test images of a split seed. The others have no label but for the number at the
-head of a line; ours learns from the rest by the model's own verification (``labels=few``, and ``none`` at 0; ``all``
-with it and without), the published ones from the labelled alone. The figures are means over draws of the labelled
-pictures. Self-verification asks the model about every mention.
+2,000 pictures are held out, or the test images of a split seed, or those of another run. The others have no label but
+for the number at the head of a line; ours learns from the rest by the model's own verification (``labels=few``, and
+``none`` at 0; ``all`` with it and without), the published ones from the labelled alone. The figures are means over
+draws of the labelled pictures. Self-verification asks the model about every mention.
 """
 
 from __future__ import annotations
@@ -40,12 +41,19 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="of features=default_verified or more, with more than 2,000 pictures")
     parser.add_argument("--draws", type=int, default=3, help="of the labelled pictures")
     parser.add_argument("--split", type=int, help="judge on the test images of this split seed, as `train` does")
+    parser.add_argument("--test", help="judge on all pictures of this run, with the same features")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="of labelled pictures")
     parser.add_argument("--few-alone", action="store_true", help="fit nothing but ours with labels=few and none")
     options = parser.parse_args()
-    tables = [Detector().select_mentions(RunStore(run).tokens("chair")) for run in options.runs]
+    runs = options.runs if options.test is None else [*options.runs, options.test]
+    tables = [Detector().select_mentions(RunStore(run).tokens("chair")) for run in runs]
     table = pd.concat(tables, ignore_index=True, join="inner")
-    if options.split is None:
+    if options.test is not None:
+        test_rows = np.arange(len(table)) >= len(table) - len(tables[-1])
+        if set(table["group"][test_rows]) & set(table["group"][~test_rows]):
+            parser.error(f"{options.test} shares pictures with {', '.join(options.runs)}")
+        pictures = np.random.default_rng(0).permutation(sorted(set(table["group"][~test_rows])))
+    elif options.split is None:
         pictures = np.random.default_rng(0).permutation(sorted(set(table["group"])))
         test_rows, pictures = table["group"].isin(pictures[:HELD_OUT]).to_numpy(), pictures[HELD_OUT:]
     else:
