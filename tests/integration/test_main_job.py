@@ -194,7 +194,7 @@ def test_train_again_and_refuse_other_features(copy, stethoscope):
     assert "mentions warned" in stethoscope(*extract, code=0)
     table = Path("runs/other/tokens.parquet").read_bytes()
     line = stethoscope(*extract, "features=fast")
-    assert "was trained on 5 features that features= does not choose: attended_embedding, hidden_last_c" in line
+    assert "was trained on 4 features that features= does not choose: hidden_last_c, hidden_last_q" in line
     assert Path("runs/other/tokens.parquet").read_bytes() == table  # it is said before anything is replaced
 
 
