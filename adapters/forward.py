@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stethoscope.adapters.prompt_caches import capture_embeds, image_embeds, join_caches, joined_cache, split_cache
+from stethoscope.adapters.prompt_caches import join_caches, joined_cache, split_cache
 from stethoscope.core.types import required
 from stethoscope.relevancy.shared_passes import PrefixCache, continues
 from stethoscope.tracing.attention_recorder import logits_to_keep
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, record
+from stethoscope.tracing.model_parts import capture_inputs, layers_of
 from stethoscope.tracing.trace import Encoded, PromptCache, Spans
 
 if TYPE_CHECKING:
@@ -272,17 +273,44 @@ class ForwardRunner:
         ]
         inputs = self.to_device(collate(parts, self.pad_id, "right"))
         head = self.positions_to_keep([inputs["input_ids"].shape[1] - 1])
-        with capture_embeds(self.model) as captured:
+        with self.captured_embeds(encoded) as embeds:
             cache = self.model(**inputs, **head, use_cache=True).past_key_values
         caches = split_cache(cache, [[slice(0, length)] for length in lengths])
-        return None if caches is None else _with_embeds(caches, image_embeds(captured, encoded))
+        return None if caches is None else _with_embeds(caches, embeds)
+
+    @contextmanager
+    def captured_embeds(
+        self, encoded: Sequence[Encoded], starts: Sequence[int] | None = None
+    ) -> Iterator[list[Tensor | None]]:
+        """Capture the image tokens of prompts at the input of the language model, from the first pass in the block.
+
+        Args:
+            encoded: B prompts, which the pass reads.
+            starts: of each, the position of its first token in the pass; 0 by default.
+
+        Yields:
+            A list that holds the (N, D) image tokens of every prompt after the block; None where the model has no layer
+            that reads them.
+        """
+        role = "language" if self.decoder_start is None else "encoder"
+        embeds: list[Tensor | None] = []
+        capture: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if layers_of(self.model, role):
+            capture = capture_inputs(self.model, role)
+        with capture as captured:
+            yield embeds
+        if not captured:
+            embeds += [None] * len(encoded)
+            return
+        for row, prompt, start in zip(captured[0], encoded, starts or [0] * len(encoded), strict=True):
+            embeds.append(row[[start + position for position in prompt.spans.image]])
 
     @torch.inference_mode()
     def read_embeds(self, encoded: Sequence[Encoded]) -> list[Tensor | None]:
         """Run B prompts of a decoder-only model up to its first layer, and return the (N, D) image tokens of each."""
-        with suppress(_PromptRead), capture_embeds(self.model) as captured, record(self.model, _StopAtKeys(1)):
+        with self.captured_embeds(encoded) as embeds, suppress(_PromptRead), record(self.model, _StopAtKeys(1)):
             self.model(**self.collate(encoded, "right"), use_cache=False)
-        return image_embeds(captured, encoded)
+        return embeds
 
     def read_prompts(self, encoded: Sequence[Encoded]) -> list[PromptCache]:
         """Run one pass over B prompts of a causal model, which ends at the keys and values of the last layer.

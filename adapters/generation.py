@@ -27,7 +27,6 @@ from stethoscope.adapters import memory
 from stethoscope.adapters.answer_tokens import AnswerTokens, TrimmedIds
 from stethoscope.adapters.forward import ForwardRunner, Prefix, groups, prompt_columns
 from stethoscope.adapters.prefixes import SharedPrefixes
-from stethoscope.adapters.prompt_caches import capture_embeds, image_embeds
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer, Generation
 from stethoscope.tracing.answer_recorder import AnswerRecorder, RecordedAnswers
@@ -329,9 +328,10 @@ class AnswerGenerator:
             return [replace(answer, argmax=None) for answer in scored], no_caches, None
         prefixes = self.prefixes.compute(encoded)
         lengths = None if prefixes is None else [prefix.length for prefix in prefixes]
-        embeds = None if prefixes is None else [prefix.cache.embeds for prefix in prefixes]
+        columns = prompt_columns(encoded, lengths)
         # what can be recorded reads no image tokens
-        captures = return_cache and embeds is None and self._forward.causal and encoded[0].planned is None
+        captures = return_cache and prefixes is None and self._forward.causal and encoded[0].planned is None
+        known = None if prefixes is None else [prefix.cache.embeds for prefix in prefixes]
         recorder = self._recorder(encoded, generation) if return_cache else None
         arguments = self.arguments(adapter, encoded, generation, prefixes)
         logprobs = TokenLogprobs(None if recorder is None else recorder.scores)
@@ -341,18 +341,17 @@ class AnswerGenerator:
         with (
             nullcontext() if not return_cache else listed_modules(self._model),
             nullcontext() if recorder is None else recorder.recorded(self._model),
-            capture_embeds(self._model) if captures else nullcontext([]) as captured,
+            self._forward.captured_embeds(encoded, [parts[-1].start for parts in columns])
+            if captures
+            else nullcontext(known) as embeds,
         ):
             output = self._model.generate(**arguments)
         ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
         answers = [self._tokens.read(*pair, generation.stop) for pair in zip(ids, values, strict=True)]
         self.prefixes.store(encoded, lengths, output.past_key_values)
-        columns = prompt_columns(encoded, lengths)
         record = None if recorder is None else RecordedAnswers([part.token_ids for part in answers], columns, recorder)
         if not return_cache or all(prompt.cache is not None for prompt in encoded):
             return answers, no_caches, record
-        if embeds is None:
-            embeds = image_embeds(captured, encoded, [parts[-1].start for parts in columns])
         return answers, self._forward.prompt_caches(output.past_key_values, encoded, columns, embeds), record
 
     def _recorder(self, encoded: Sequence[Encoded], generation: Generation) -> AnswerRecorder | None:

@@ -6,7 +6,6 @@ What a model makes of prompts apart from the pixels is stored for all images of 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,6 @@ from transformers.cache_utils import DynamicLayer
 from stethoscope.adapters.fingerprint import state_key
 from stethoscope.core.cache import LRUCache
 from stethoscope.tracing.growing_cache import GrowingCache, GrowingLayer
-from stethoscope.tracing.model_parts import capture_inputs, layers_of
 from stethoscope.tracing.trace import Encoded, PromptCache
 
 if TYPE_CHECKING:
@@ -25,38 +23,6 @@ if TYPE_CHECKING:
 
 _BLANK_BYTES = 64 * 2**20
 """Enough for the questions of a benchmark and a small model; prompts of a large model exceed it and are not cached."""
-
-
-def capture_embeds(model: PreTrainedModel, encodes: bool = False) -> AbstractContextManager[list[Tensor]]:
-    """Capture what enters the first layer that reads image tokens, (B, S, D) of the first pass within the block.
-
-    The list stays empty where the model has no such layer.
-
-    Args:
-        model: the model.
-        encodes: whether its language model has an encoder, which reads the prompt.
-    """
-    role = "encoder" if encodes else "language"
-    return capture_inputs(model, role) if layers_of(model, role) else nullcontext([])
-
-
-def image_embeds(
-    captured: Sequence[Tensor], encoded: Sequence[Encoded], starts: Sequence[int] | None = None
-) -> list[Tensor | None]:
-    """Select the (N, D) image tokens of B prompts.
-
-    Args:
-        captured: of ``capture_embeds``.
-        encoded: the prompts.
-        starts: of each, the position of its first token in the captured states; 0 by default.
-    """
-    if not captured:
-        return [None] * len(encoded)
-    starts = [0] * len(encoded) if starts is None else starts
-    return [
-        row[[start + position for position in prompt.spans.image]]
-        for row, prompt, start in zip(captured[0], encoded, starts, strict=True)
-    ]
 
 
 def split_cache(cache: Any, columns: Sequence[Sequence[slice]], first: int = 0) -> list[PromptCache] | None:

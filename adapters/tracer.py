@@ -19,7 +19,6 @@ from torch import Tensor
 from stethoscope.adapters.contrast_passes import CONTRASTS, ContrastPasses, layer_states
 from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
 from stethoscope.adapters.prefill import SMALL_MAPS, Prefill, attention_bytes
-from stethoscope.adapters.prompt_caches import capture_embeds, image_embeds
 from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
@@ -39,6 +38,7 @@ from stethoscope.tracing.state_recorder import HiddenStateRecorder
 from stethoscope.tracing.trace import (
     CONTINUED_TOKENS,
     DECODED_REQUIREMENTS,
+    IMAGE_REQUIREMENTS,
     PROMPT_REQUIREMENTS,
     STREAM_REQUIREMENTS,
     Encoded,
@@ -55,7 +55,7 @@ class _Rows(NamedTuple):
         stream: residual stream (B, T or T + 1, D) after each layer, if required.
         logits: (B, T, V).
         relevancies: of the answers, if they share a pass with a graph.
-        embeds: (N, D) image tokens of every prompt, if a pass over whole prompts has read them; empty otherwise.
+        embeds: (N, D) image tokens of every prompt, if the pass was to read them; empty otherwise.
     """
 
     attention: RowAttentionRecorder | None
@@ -160,7 +160,8 @@ class Tracer:
         if "hidden" in requires:
             probed = self._find_lens().probed(stream)
             whole["hidden"] = [states[: len(answer) + 1] for states, answer in zip(probed, ids, strict=True)]
-            whole["image_embeds"] = self._image_embeds(encoded, relevancies, embeds)
+        if not requires.isdisjoint(IMAGE_REQUIREMENTS):
+            whole["image_embeds"] = self._image_embeds(encoded, embeds)
         if isinstance(attention, HeadAttentionRecorder):
             whole["heads"] = attention.heads()
         if states is not None:
@@ -207,22 +208,23 @@ class Tracer:
                 stack.enter_context(record(self._model, attention))
             if states is not None:
                 stack.enter_context(states.listen())
-            captured: list[Tensor] = []
-            if "hidden" in requires and not forward.skipped:
-                captured = stack.enter_context(capture_embeds(self._model, self._forward.decoder_start is not None))
+            embeds: list[Tensor | None] = []
+            if not forward.skipped and not requires.isdisjoint(IMAGE_REQUIREMENTS):
+                embeds = stack.enter_context(self._forward.captured_embeds(encoded))
             reads = not requires.isdisjoint(STREAM_REQUIREMENTS)
             stream = stack.enter_context(self._find_lens().listen(forward.rows)) if reads else []
             logits = self._forward.logits(forward, rows)
         relevancies = [] if answer_pass is None else relevancies_from_passes(answer_pass, logits, ids)
-        embeds = image_embeds(captured, encoded) if captured else []
         return _Rows(attention, states, stream, logits.detach(), relevancies, embeds)
 
-    def _image_embeds(
-        self, encoded: Sequence[Encoded], relevancies: Sequence[Relevancy], embeds: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """Return the (N, D) image tokens of every prompt; a pass is made only where none has left them behind."""
-        if relevancies:
-            return [part.image_embeds for part in relevancies]
+    def _image_embeds(self, encoded: Sequence[Encoded], embeds: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the (N, D) image tokens of every prompt, float32 on the CPU.
+
+        Args:
+            encoded: the prompts.
+            embeds: what the pass over them has read; empty where it stood behind their caches, which hold them. Another
+                pass is made only where these do not.
+        """
         parts = list(embeds) or [None if prompt.cache is None else prompt.cache.embeds for prompt in encoded]
         if any(part is None for part in parts) and self._forward.causal:
             parts = self._forward.read_embeds(encoded)

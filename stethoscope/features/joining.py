@@ -105,7 +105,7 @@ def _join_states(states: Sequence[HiddenStates]) -> HiddenStates:
 def _join_relevancy(relevancies: Sequence[Relevancy]) -> Relevancy:
     """Join the rows over prompt and answer, padded with zeros; the other parts are left out."""
     first = relevancies[0]
-    parts: dict[str, Any] = dict.fromkeys(("vision", "tiles", "image_embeds", "query_text"))
+    parts: dict[str, Any] = dict.fromkeys(("vision", "tiles", "query_text"))
     parts["llm"] = _padded([part.llm for part in relevancies if part.llm is not None])
     if first.saliency is not None:
         parts["saliency"] = _padded([part.require_saliency() for part in relevancies])

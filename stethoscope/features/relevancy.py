@@ -223,10 +223,9 @@ def attended_embedding(trace: Trace) -> np.ndarray:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    relevancy = trace.require("relevancy")
-    last = relevancy.image[:, -1].float().numpy()
+    last = trace.require("relevancy").image[:, -1].float().numpy()
     weights = last / np.maximum(np.linalg.norm(last, axis=-1, keepdims=True), 1e-12)
-    evidence = weights @ relevancy.require_image_embeds().numpy()
+    evidence = weights @ trace.require("image_embeds").numpy()
     return _projected(evidence, DIMENSIONS)
 
 
@@ -241,8 +240,6 @@ def image_tokens(trace: Trace, columns: Iterable[str]) -> str:
         columns: names of the columns that were computed of it.
     """
     embeds = trace.image_embeds
-    if embeds is None and trace.relevancy is not None:
-        embeds = trace.relevancy.image_embeds
     if embeds is None or not len(embeds):
         return ""
     return pack_vectors(project_image_tokens(embeds)) if _has_states(tuple(columns)) else ""

@@ -30,7 +30,7 @@ from stethoscope.relevancy.token_alignment import (
     probe_alignment,
 )
 from stethoscope.tracing.hooks import record, selected
-from stethoscope.tracing.model_parts import capture_inputs, frozen, route_model
+from stethoscope.tracing.model_parts import frozen, route_model
 from stethoscope.tracing.token_spans import tile_grids
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _from_passes(
     backward_pass = BackwardPass(prompt.recorder, layout, kind, alignment, chosen, RULES[0], every)
     end = max(chosen) + 1
     answer_pass.backward(_sum_logits(logits, layout, end), end, backward_pass.receive)
-    return _results(model, prompt.sample, layout, kind, chosen, alignment, [backward_pass.result()], prompt.embeds)
+    return _results(model, prompt.sample, layout, kind, chosen, alignment, [backward_pass.result()])
 
 
 def _relevancy(
@@ -176,7 +176,6 @@ def _relevancy(
     recorder = AttentionGradRecorder(live, keep_graphs, layout.first)
     with (
         record(model, recorder),
-        capture_inputs(model, "encoder" if layout.encoder_decoder else "language") as captured,
         route_model(model, recorder.checkpointer.run, recorder.checkpointer.run_last),
     ):
         logits = answer_logits(model, inputs, layout)
@@ -197,8 +196,7 @@ def _relevancy(
         receivers = [backward_pass.receive for backward_pass in passes]
         recorder.backward(model, roots, receivers, layout.first + end, budget, last=index + 1 == len(groups))
         results += [backward_pass.result() for backward_pass in passes]
-    embeds = captured[0][:, layout.image.to(captured[0].device)]
-    return _results(model, sample, layout, kind, chosen, alignment, results, embeds)
+    return _results(model, sample, layout, kind, chosen, alignment, results)
 
 
 def _chosen(tokens: Sequence[int] | None, layout: Layout) -> tuple[int, ...]:
@@ -218,16 +216,12 @@ def _results(
     chosen: tuple[int, ...],
     alignment: TokenAlignment | None,
     results: Sequence[Mapping[str, Tensor]],
-    embeds: Tensor,
 ) -> list[Relevancy]:
     """Build the results of all samples from those of backward passes, which have (B, L or 1, T, positions) each."""
     parts = {name: torch.cat([rows[name] for rows in results], 2).transpose(1, 2).cpu() for name in results[0]}
-    embeds = embeds.to("cpu", torch.promote_types(embeds.dtype, torch.float32))
     return [
-        _result(
-            model, sample, layout, kind, chosen[:count], alignment, _sample_parts(parts, index, layout), image_embeds
-        )
-        for index, (count, image_embeds) in enumerate(zip(layout.counts, embeds, strict=True))
+        _result(model, sample, layout, kind, chosen[:count], alignment, _sample_parts(parts, index, layout))
+        for index, count in enumerate(layout.counts)
     ]
 
 
@@ -265,7 +259,6 @@ def _result(
     chosen: tuple[int, ...],
     alignment: TokenAlignment | None,
     parts: dict[str, Tensor],
-    image_embeds: Tensor,
 ) -> Relevancy:
     """Build the result of one sample, with the patches in the order of ``pixel_values``."""
     if kind == "same":
@@ -282,7 +275,6 @@ def _result(
         encoder=parts.get("encoder"),
         vision=parts["vision"],
         tiles=tiles,
-        image_embeds=image_embeds,
         query_text=parts.get("query_text"),
         saliency=parts["saliency"],
     )

@@ -37,7 +37,6 @@ class Relevancy:
             over heads, in the row that predicts it of every layer's own attention map (or the last layer's); no
             recursion. On earlier answer tokens it drops before hallucinations (LVLMs-Saliency, arXiv 2601.20279,
             which takes all rows of a layer and divides by the map's norm). The same in both scopes.
-        image_embeds: (N, D) image tokens at the input of the first layer of the language model (of its encoder).
         query_text: (T, L, Q) over the tokens that a Q-Former reads beside its queries (InstructBLIP).
     """
 
@@ -50,7 +49,6 @@ class Relevancy:
     encoder: Tensor | None = None
     vision: Tensor | None = None
     tiles: Tensor | None = None
-    image_embeds: Tensor | None = None
     query_text: Tensor | None = None
     saliency: Tensor | None = None
 
@@ -105,21 +103,9 @@ class Relevancy:
         Raises:
             CapabilityError: this relevancy holds no saliency.
         """
-        return self._required("saliency", self.saliency)
-
-    def require_image_embeds(self) -> Tensor:
-        """Return ``image_embeds``, or raise ``CapabilityError`` where they were not kept.
-
-        Raises:
-            CapabilityError: this relevancy holds no image embeddings.
-        """
-        return self._required("image_embeds", self.image_embeds)
-
-    @staticmethod
-    def _required(name: str, part: Tensor | None) -> Tensor:
-        if part is None:
-            raise CapabilityError(f"this relevancy holds no {name!r}, which a feature requires")
-        return part
+        if self.saliency is None:
+            raise CapabilityError("this relevancy holds no 'saliency', which a feature requires")
+        return self.saliency
 
     @property
     def _answer_start(self) -> int:

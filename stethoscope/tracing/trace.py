@@ -26,7 +26,7 @@ TensorPart = Literal[
     "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
     "noise_logits", "no_image_logits", "core_logits", "yes_odds", "masked_logprob", "lens_entropy", "lens_top",
     "evidence", "peaks", "own", "layer_states", "no_image_states", "verify_states", "verify_states_without",
-    "imagining", "named_share", "hidden",
+    "imagining", "named_share", "hidden", "image_embeds",
 ]  # fmt: skip
 """Names of the parts of a trace that are tensors."""
 
@@ -63,6 +63,8 @@ PROMPT_REQUIREMENTS = frozenset({"states", "image_lens"})
 """Parts that read rows of the prompt, in the same residual stream as those of the answer."""
 DECODED_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy"})
 """Parts that decode the residual stream of the rows after every layer."""
+IMAGE_REQUIREMENTS = frozenset({"hidden", "relevancy"})
+"""Parts whose features weight image tokens, or are compared with them: their traces have ``image_embeds``."""
 STREAM_REQUIREMENTS = DECODED_REQUIREMENTS | {"evidence", "layer_states", "hidden"}
 """Parts that read the residual stream of the rows."""
 MENTION_REQUIREMENTS = ("questions", "question_states", "masked", "samples")
@@ -180,7 +182,8 @@ class PromptCache:
             tensors, which live as long as they do.
         graph: the pass that computed them, with its graph, for the relevancy of an answer; None where it kept none.
         index: of the prompt in this pass.
-        embeds: (N, D) image tokens at the input of the language model; None where they were not kept.
+        embeds: (N, D) image tokens at the input of the language model, for ``Trace.image_embeds``; None where they were
+            not kept.
     """
 
     layers: tuple[tuple[Tensor, ...], ...]
@@ -315,8 +318,8 @@ class Trace:
         states: hidden states of image, question and answer tokens.
         hidden: (T + 1, 2, D) hidden states of the rows at ``HIDDEN_LAYERS``, the last one after the final norm; row k
             predicts answer token k and consumes token k - 1.
-        image_embeds: (N, D) image tokens at the input of the language model (of its encoder), as ``Relevancy`` has
-            them. Of ``hidden``; None where the model does not show them, and in the trace of decoding steps.
+        image_embeds: (N, D) image tokens at the input of the language model (of its encoder). Of ``hidden`` and of
+            ``relevancy``; None where the model does not show them, and in the trace of decoding steps.
         trajectory: (T, L - 1) Jensen-Shannon divergence in nats, of the distribution decoded after each layer but the
             last from the model's own.
         image_lens: (T, L + 1, 2) probability of the token when h_l of the image tokens is decoded by the head, without

@@ -15,7 +15,7 @@ from stethoscope.relevancy.result import read_layout
 from stethoscope.tracing.hooks import selected
 
 GREEDY = Generation(max_new_tokens=7)
-PARTS = ("llm", "vision", "saliency", "image_embeds")
+PARTS = ("llm", "vision", "saliency")
 
 
 def whole_pass(adapter, prompt, answer):

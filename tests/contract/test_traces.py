@@ -197,11 +197,17 @@ def test_relevancy_has_a_row_for_every_token_and_adds_up(adapter, encoded, trace
         assert (relevancy.image.sum(-1) > 0).any()
 
 
-def test_image_embeds_are_those_of_relevancy_without_a_backward_pass(adapter, encoded, answers):
-    expected = [
-        adapter.trace(prompt, answer, ["relevancy"]).relevancy.image_embeds
-        for prompt, answer in zip(encoded, answers, strict=True)
-    ]
+def entering(adapter, encoded, answer):
+    """The image tokens of an ordinary pass, at the input of the language model or of its encoder."""
+    with torch.no_grad():
+        output = adapter.model(**extended(adapter, encoded, answer.token_ids), output_hidden_states=True)
+    output = output.get("language_model_outputs") or output
+    states = output.encoder_hidden_states if has_encoder(adapter) else output.hidden_states
+    return states[0][0, list(encoded.spans.image)].float()
+
+
+def test_image_embeds_are_what_enters_the_language_model(adapter, encoded, answers):
+    expected = [entering(adapter, *pair) for pair in zip(encoded, answers, strict=True)]
     generated, prompts = adapter.generate_with_cache(encoded, Generation(max_new_tokens=5))
     shared, asked = adapter.generate_with_cache([encoded[0]] * 4, Generation(max_new_tokens=5))
     bare = [replace(p, cache=None if p.cache is None else replace(p.cache, embeds=None)) for p in prompts]
@@ -210,6 +216,8 @@ def test_image_embeds_are_those_of_relevancy_without_a_backward_pass(adapter, en
         (prompts, adapter.trace_batch(prompts, generated, ["hidden"]), expected),
         (asked, adapter.trace_batch(asked, shared, ["hidden"]), expected[:1] * 4),
         (encoded, adapter.trace_batch(encoded, answers, ["hidden", "relevancy"]), expected),
+        (encoded, [adapter.trace(*pair, ["relevancy"]) for pair in zip(encoded, answers, strict=True)], expected),
+        (encoded, adapter.trace_batch(adapter.prefill(encoded), answers, ["relevancy"]), expected),
     ]
     for batch, traces, embeds in ways:
         for prompt, trace, own in zip(batch, traces, embeds, strict=True):

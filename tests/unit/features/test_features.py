@@ -49,9 +49,8 @@ def trace():
         lens_rank=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS),
         blank_logits=blank,
         hidden=torch.arange((TOKENS + 1) * 2 * 3.0).reshape(TOKENS + 1, 2, 3),
-        relevancy=Relevancy(
-            (0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm, saliency=saliency, image_embeds=torch.eye(IMAGE)
-        ),
+        image_embeds=torch.eye(IMAGE),
+        relevancy=Relevancy((0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm, saliency=saliency),
     )
 
 

@@ -75,17 +75,6 @@ def test_nothing_from_later_tokens_and_parts_make_the_whole(family, scope):
     assert sum(part.shape[-1] for part in parts) == sequence + (0 if result.decoder is None else len(zoo.ANSWER))
 
 
-@pytest.mark.parametrize("family", [*zoo.FAMILIES, *zoo.QFORMERS, *zoo.SEQ2SEQ])
-def test_what_is_seen_enters_the_language_model(family):
-    example = case(family)
-    with torch.no_grad():
-        output = example.model(**example.inputs, output_hidden_states=True, return_dict=True)
-    output = getattr(output, "language_model_outputs", None) or output
-    states = getattr(output, "encoder_hidden_states", None) or output.hidden_states
-    for options in ({"scope": "row"}, {"scope": "token", "tokens": [1]}, {"recompute": False}):
-        torch.testing.assert_close(relevancy(family, **options).image_embeds, states[0][0, example.image].float())
-
-
 def test_a_known_question_is_a_part_of_its_own():
     from dataclasses import replace
 
