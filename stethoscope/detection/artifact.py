@@ -267,6 +267,7 @@ def read_manifest(folder: Path, remedy: str = "") -> dict[str, Any]:
 # --- the Hugging Face hub ---------------------------------------------------------------------------------------------
 
 CARD = "README.md"
+PATHS = ("/", ".", "~")  # how paths begin, and no name of a repository
 CARD_METRICS = {
     "auroc": "AUROC",
     "auroc_controlled": "AUROC, position-controlled",
@@ -388,8 +389,10 @@ def push(
     """Upload a detector's folder and return the URL of the commit.
 
     Raises:
-        ArtefactError: the hub refuses or cannot be reached.
+        ArtefactError: ``repo_id`` is a path, or the hub refuses or cannot be reached.
     """
+    if repo_id.startswith(PATHS):
+        raise ArtefactError(f"{repo_id} is a path, not a repository (owner/name); `save` writes a detector to a path")
     from huggingface_hub import HfApi
 
     with _translate_hub_errors(f"the detector cannot be pushed to {repo_id!r}"):
@@ -403,8 +406,10 @@ def fetch(repo_id: str, revision: str | None, token: str | None) -> Path:
     """Download a detector's files and return their folder in the hub cache.
 
     Raises:
-        ArtefactError: there is no such repository or revision, or the hub cannot be reached.
+        ArtefactError: there is no such repository or revision, or it is a path, or the hub cannot be reached.
     """
+    if repo_id.startswith(PATHS):
+        raise ArtefactError(f"there is no folder {repo_id}")
     from huggingface_hub import snapshot_download
 
     with _translate_hub_errors(f"no detector at {repo_id!r}, which is no folder; on the hub"):

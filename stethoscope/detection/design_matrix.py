@@ -1,45 +1,46 @@
-"""Turn a token table into what a detector reads: its mentions (rows), its features, and the design matrix of them.
+"""Turn mentions of a token table into the design matrix of a detector.
 
-``Selection`` follows the detector's settings; ``Inputs`` are the columns of the matrix, and the classifier for them.
+``Inputs`` are the columns of the matrix, and the classifier for them; ``Design`` is what a detector has learned to
+build it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import logit
 from sklearn.base import BaseEstimator
 
-from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import (
-    SUBTOKENS,
     FeatureSchema,
-    Repeats,
     feature_matrix,
     feature_names,
-    mention_rows,
     object_index,
     require,
     select_features,
+    unpack_vectors,
 )
-from stethoscope.detection.calibrated_model import CALIBRATIONS
-from stethoscope.detection.estimator_classes import check_estimator
-from stethoscope.detection.estimators import make_estimator
+from stethoscope.detection.artifact import Arrays
+from stethoscope.detection.calibrated_model import CalibratedModel
+from stethoscope.detection.estimators import Stacked, make_estimator
 from stethoscope.detection.evidence_prior import EXTERNAL, Factored, external_columns
 from stethoscope.detection.hidden_probe import COLUMNS as HIDDEN_COLUMNS
 from stethoscope.detection.hidden_probe import TEACHER, Probed
 from stethoscope.detection.image_probe import COLUMN as IMAGE_COLUMN
-from stethoscope.detection.recalibration import reply_boundary
+from stethoscope.detection.image_probe import ImageProbe, fit_image_probe, has_tokens
+from stethoscope.detection.shift_measures import Readings
 from stethoscope.detection.visual_consistency import COLUMNS, FEATURE, VisualConsistency
 from stethoscope.features.columns import feature_of, group_of
 
 RARE = 5
 """Mentions that an object needs in training to get a category of its own."""
+PROBABILITIES = (1e-9, 1 - 1e-9)  # to which they are cut off before log-odds are taken
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,28 @@ class Inputs:
     taught: bool = False
     imaged: bool = False
     visual: bool = True
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], names: Sequence[str], objects: Sequence[str] = ()) -> Inputs:
+        """Select the columns that a detector's settings ask for.
+
+        Args:
+            settings: of the detector, as ``check_settings`` returns them.
+            names: feature columns, as ``select_columns`` selects them.
+            objects: names of the objects that get columns of their own.
+
+        Raises:
+            ConfigError: no column is left.
+        """
+        keys = ("objects", "factored", "hidden_probe", "visual_consistency")
+        named, factored, probed, visual = (settings[key] for key in keys)
+        taught = settings["labels"] != "all"
+        inputs = cls(tuple(names), tuple(objects), named, factored, probed, taught, visual=visual)
+        if visual:
+            return inputs
+        if not inputs.without_evidence:
+            raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
+        return replace(inputs, features=inputs.without_evidence)
 
     @cached_property
     def hidden(self) -> tuple[str, ...]:
@@ -228,193 +251,180 @@ def frequent_objects(rows: pd.DataFrame) -> tuple[str, ...]:
     return tuple(sorted(str(name) for name, count in counts.items() if count >= RARE and name))
 
 
-# --- what a detector's settings select --------------------------------------------------------------------------------
-
-LABELS = ("all", "few", "none")
-CHOICES = {
-    "calibration": CALIBRATIONS,
-    "repeats": ("first", "all"),
-    "subtokens": SUBTOKENS,
-    "labels": LABELS,
-}
-
-
-def check_settings(**settings: Any) -> dict[str, Any]:
-    """Check the settings of ``Detector`` and return them as plain dictionaries and lists, in order.
-
-    Raises:
-        ConfigError: a setting has an invalid value, or two settings exclude each other.
-    """
-    for key, known in CHOICES.items():
-        if settings[key] not in known:
-            raise ConfigError(unknown(f"detector.{key}", str(settings[key]), known))
-    estimator = check_estimator(settings["estimator"], settings["factored"])
-    C, seed, threshold = settings["C"], settings["seed"], settings["threshold"]
-    if C is not None and (isinstance(C, bool) or not isinstance(C, (int, float)) or not 0 < C < math.inf):
-        raise ConfigError(f"detector.C={C!r} should be a number above 0, or null to choose it")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise ConfigError(f"detector.seed={seed!r} should be a whole number from 0 to {2**32 - 1}")
-    for key in ("features", "exclude"):
-        names = () if key == "features" and settings[key] is None else settings[key]
-        if isinstance(names, str) or not isinstance(names, Collection) or not all(isinstance(n, str) for n in names):
-            raise ConfigError(f"detector.{key}={names!r} should be a list of names, for example [entropy,nll]")
-    for key in ("objects", "factored", "visual_consistency", "hidden_probe"):
-        if not isinstance(settings[key], bool):
-            raise ConfigError(f"detector.{key}={settings[key]!r} should be true or false")
-    if settings["objects"] and settings["factored"]:
-        raise ConfigError("detector.objects with factored=true: leave it out, the prior knows the objects")
-    if not isinstance(threshold, Mapping) and threshold != "f1":
-        raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a guarantee: {{max_false_alarms: 0.05}}")
-    if isinstance(threshold, Mapping) and settings["calibration"] == "isotonic":
-        raise ConfigError(
-            "detector.calibration=isotonic gives equal probabilities to unequal scores, for which no threshold has a "
-            "guarantee; use platt or none"
-        )
-    if settings["labels"] != "all" and not settings["hidden_probe"]:
-        raise ConfigError(f"detector.labels={settings['labels']} learns through detector.hidden_probe=true")
-    if settings["labels"] == "none" and isinstance(threshold, Mapping):
-        raise ConfigError("detector.labels=none: a guarantee needs labels; use detector.labels=few, or threshold=f1")
-    return settings | {
-        "estimator": estimator,
-        "features": None if settings["features"] is None else list(settings["features"]),
-        "exclude": list(settings["exclude"]),
-        "seed": int(seed),
-        "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,
-    }
-
-
-class Selection:
-    """The rows and columns of token tables that a detector's settings choose.
+def select_columns(settings: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    """Select the columns to read: with ``labels`` other than all, those that the model's verification can teach.
 
     Args:
         settings: of the detector, as ``check_settings`` returns them.
+        names: feature columns of a token table.
+
+    Raises:
+        ConfigError: a name or pattern of the settings fits no column.
+    """
+    selected = select_features(names, settings["features"], settings["exclude"])
+    if settings["labels"] == "all":
+        return selected
+    evidence = settings["visual_consistency"]
+    return tuple(name for name in selected if is_hidden(name) or (evidence and feature_of(name) == FEATURE))
+
+
+def table_schema(table: pd.DataFrame, read: Sequence[str]) -> FeatureSchema:
+    """Build the schema of a table, without verification columns where training alone reads them.
+
+    Args:
+        table: token table.
+        read: columns that the detector reads.
+    """
+    names = feature_names(table)
+    if not any(map(is_hidden, read)):
+        return FeatureSchema(names)
+    return FeatureSchema(tuple(name for name in names if name in read or group_of(name) != "verification"))
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a detector has learned to build its design matrix; nothing before it is fitted.
+
+    Attributes:
+        schema: all features of the table that it was fitted on; other tables must have the same.
+        inputs: columns of the matrix.
+        image_probe: scores image tokens, with ``inputs.imaged``; else None.
     """
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.settings = settings
+    schema: FeatureSchema = FeatureSchema(())  # noqa: RUF009 (frozen)
+    inputs: Inputs = Inputs()
+    image_probe: ImageProbe | None = None
 
-    # --- rows ---------------------------------------------------------------------------------------------------------
+    @classmethod
+    def fit(
+        cls, settings: Mapping[str, Any], train: pd.DataFrame, unlabelled: pd.DataFrame | None
+    ) -> tuple[Design, np.ndarray]:
+        """Choose the columns and fit the probe of image tokens, where there are any.
 
-    def mentions(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
-        """Select the mentions to train and to measure on; see ``Detector.select_mentions``."""
-        repeats: Repeats = self.settings["repeats"] if judged else "all"
-        return mention_rows(table, self.settings["subtokens"], repeats, judged)
+        Args:
+            settings: of the detector, as ``check_settings`` returns them.
+            train: mentions with labels.
+            unlabelled: mentions without labels that probes learn from; None for none.
 
-    def monitored(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Select the mentions that the monitor reads: judged or not, a row each, first ones if only they count."""
-        rows = self.mentions(table, judged=False)
-        kept = rows["is_first_subtoken"].to_numpy(dtype=bool)
-        if self.settings["repeats"] == "first":
-            kept = kept & (rows["repeat_index"].to_numpy() == 0)
-        return rows[kept].reset_index(drop=True)
-
-    def centre_replies(
-        self, train: pd.DataFrame, calibration: pd.DataFrame | None
-    ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-        """Shift the model's replies in both folds, so that 0 is their boundary in the first; not if all have labels."""
-        if self.settings["labels"] == "all":
-            return train, calibration
-        rows = self._asked(mention_rows(train, self.settings["subtokens"], self.settings["repeats"], judged=False))
-        labels = rows["label"].to_numpy() if self.settings["labels"] == "few" else np.full(len(rows), -1)
-        boundary = reply_boundary(rows[TEACHER].to_numpy(dtype=float), labels)
-        return _shifted(train, boundary), None if calibration is None else _shifted(calibration, boundary)
-
-    def labelled(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Select the mentions to learn from, with the labels that ``labels`` asks for."""
-        if self.settings["labels"] != "none":
-            return self.mentions(table)
-        rows = self._asked(mention_rows(table, self.settings["subtokens"], self.settings["repeats"], judged=False))
-        return rows.assign(label=(rows[TEACHER] < 0).astype(int))
-
-    def unlabelled(self, table: pd.DataFrame) -> pd.DataFrame | None:
-        """Select the mentions without a label that the probe learns from; None for none.
+        Returns:
+            The design and the matrix of ``train``, (rows, columns), in which the probe has not seen a row's picture.
 
         Raises:
-            ConfigError: ``labels`` is ``few``, and the table has no verification.
+            ConfigError: a feature name or pattern fits no column.
+            DataError: a feature has no value at all or an infinite one.
         """
-        labels = self.settings["labels"]
-        if labels == "none" or (labels == "all" and not (self.settings["hidden_probe"] and _verified(table))):
-            return None
-        rows = self._asked(mention_rows(table, self.settings["subtokens"], "all", judged=False))
-        rows = rows[rows["label"] < 0].reset_index(drop=True)
-        return rows if labels == "few" or len(rows) else None
+        names = select_columns(settings, feature_names(train))
+        schema, inputs = table_schema(train, names), Inputs.of(settings, names)
+        if inputs.needs_objects:
+            inputs = replace(inputs, objects=frequent_objects(train))
+        probe, scores = None, None
+        if inputs.reads_tokens and has_tokens(train):
+            seeing = replace(inputs, objects=inputs.objects or frequent_objects(train), imaged=True)
+            fitted = fit_image_probe(train, unlabelled, seeing.objects, inputs.taught, settings["seed"])
+            if fitted is not None:
+                (probe, scores), inputs = fitted, seeing
+        matrix = inputs.matrix(train, scores)
+        empty = [name for name in inputs.features if train[name].isna().all()]
+        if len(train) and empty:
+            raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
+        return cls(schema, inputs, probe), matrix
 
-    def _asked(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Select the rows of mentions that the model was asked about."""
-        if not _verified(rows):
-            raise ConfigError(
-                f"detector.labels={self.settings['labels']} needs hidden states and the model's verification of every "
-                "mention; compute features=default_verified"
+    @classmethod
+    def restore(cls, schema: FeatureSchema, inputs: Inputs, arrays: Arrays) -> Design:
+        """Restore a design from its manifest and what ``arrays`` returned.
+
+        Raises:
+            ArtefactError: an array is missing, has another shape or type, or holds invalid numbers.
+        """
+        if not (inputs.reads_tokens and "mean" in arrays):
+            return cls(schema, inputs)
+        return cls(schema, replace(inputs, imaged=True), ImageProbe.restore(arrays, len(inputs.objects)))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays by name; none without image tokens."""
+        return {} if self.image_probe is None else self.image_probe.arrays()
+
+    def matrix(self, table: pd.DataFrame) -> np.ndarray:
+        """Build the design matrix of a token table, (rows, columns).
+
+        Raises:
+            ArtefactError: the table has other features; the message names the differences.
+            DataError: a feature has an infinite value.
+        """
+        schema = table_schema(table, self.inputs.features)
+        if schema.hash != self.schema.hash:
+            raise ArtefactError(
+                f"the table's features (schema {schema.hash}) are not those the detector was fitted on "
+                f"({self.schema.hash}): {self.schema.difference(schema)}"
             )
-        return rows[rows[TEACHER].notna()].reset_index(drop=True)
+        probe = self.image_probe
+        return self.inputs.matrix(table, None if probe is None else probe.scores(table, self.inputs.objects))
 
-    def deciding_rows(self, mentions: pd.DataFrame) -> np.ndarray:
-        """Return for every mention the index of the row whose probability it gets; see ``Detector.deciding_rows``."""
-        own = np.arange(len(mentions))
-        if self.settings["repeats"] == "all" or not len(mentions):
-            return own
-        mentions = mentions.reset_index(drop=True)
-        first = mentions.groupby(["task", "sample_id", "object"])["mention_index"].transform("idxmin").to_numpy()
-        return np.where(mentions["repeat_index"].to_numpy() > 0, first, own)
-
-    # --- columns ------------------------------------------------------------------------------------------------------
-
-    def features(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Select the columns to read: with ``labels`` other than all, those that the model's verification can teach.
+    def arrange(
+        self,
+        rows: np.ndarray,
+        names: Sequence[str] = (),
+        places: np.ndarray | None = None,
+        absence: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Build the design matrix of rows without a table, as a stream makes them, (rows, columns).
 
         Args:
-            names: feature columns of a token table.
+            rows: (rows, features) in the order of ``inputs.features``.
+            names: of the objects that the rows name, where ``inputs`` need them.
+            places: (rows, 3) index of the token in the answer, mentions and mentions of the same object before.
+            absence: (objects,) of ``absent_objects``, of the picture of all rows; None without image tokens.
+        """
+        if not self.inputs.needs_objects:
+            return self.inputs.arrange(rows)
+        named = np.array([self.inputs.index_of.get(name, -1) for name in names])
+        scores = None if absence is None else np.where(named < 0, np.nan, absence[named])
+        return self.inputs.arrange(rows, named, scores, places)
+
+    def readings(self, model: CalibratedModel, mentions: pd.DataFrame, contents: bool = True) -> Readings:
+        """Read what a monitor compares.
+
+        Args:
+            model: classifier of the matrix.
+            mentions: rows of a token table.
+            contents: also look which objects the pictures show.
+        """
+        matrix, inner = self.matrix(mentions), model.model
+        while isinstance(inner, Stacked) and len(mentions):
+            matrix, inner = inner.join_inputs(matrix), inner.classifier_
+        scores = inner.decision_function(matrix) if len(mentions) else np.zeros(0)
+        log_odds = logit(np.clip(model.calibrate(scores), *PROBABILITIES))
+        columns = matrix[:, : len(self.inputs.explained_columns)]
+        probe = self.image_probe if contents and has_tokens(mentions) else None
+        return Readings(mentions, columns, log_odds, None if probe is None else probe.contents(mentions))
+
+    def absent_objects(self, tokens: np.ndarray) -> np.ndarray | None:
+        """Score for every object of ``inputs`` that a picture lacks it, (objects,) log-odds; None if it reads no token.
+
+        Args:
+            tokens: (N, D) image tokens, as a token table has them.
 
         Raises:
-            ConfigError: a name or pattern of the settings fits no column.
+            DataError: the tokens have another number of dimensions than those of training.
         """
-        selected = select_features(names, self.settings["features"], self.settings["exclude"])
-        if self.settings["labels"] == "all":
-            return selected
-        evidence = self.settings["visual_consistency"]
-        return tuple(name for name in selected if is_hidden(name) or (evidence and feature_of(name) == FEATURE))
+        return None if self.image_probe is None else -self.image_probe.transform([tokens])[0]
 
-    def schema(self, table: pd.DataFrame, read: Sequence[str]) -> FeatureSchema:
-        """Build the schema of a table, without verification columns where training alone reads them.
+    def locate(self, image_tokens: str, name: str) -> np.ndarray | None:
+        """Compute how probable each image token alone makes it that the picture shows an object.
+
+        This is what ``image_objects`` of ``Detector.explain`` rests on. It learned where objects are from what answers
+        named and from no box.
 
         Args:
-            table: token table.
-            read: columns that the detector reads.
-        """
-        names = feature_names(table)
-        if not any(map(is_hidden, read)):
-            return FeatureSchema(names)
-        return FeatureSchema(tuple(name for name in names if name in read or group_of(name) != "verification"))
+            image_tokens: of the column ``image_tokens`` of a token table.
+            name: of the object.
 
-    def inputs(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
-        """Select the columns of the design matrix.
-
-        Args:
-            names: feature columns, as ``features`` selects them.
-            objects: names of the objects that get columns of their own.
+        Returns:
+            (N,) in [0, 1]; None where the detector reads no image tokens or does not know the name.
 
         Raises:
-            ConfigError: no column is left.
+            DataError: the tokens are of another kind.
         """
-        keys = ("objects", "factored", "hidden_probe", "visual_consistency")
-        named, factored, probed, visual = (self.settings[key] for key in keys)
-        taught = self.settings["labels"] != "all"
-        inputs = Inputs(tuple(names), tuple(objects), named, factored, probed, taught, visual=visual)
-        if visual:
-            return inputs
-        if not inputs.without_evidence:
-            raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
-        return replace(inputs, features=inputs.without_evidence)
-
-
-def _verified(table: pd.DataFrame) -> bool:
-    """Whether a table has the model's replies and states that they can teach."""
-    return TEACHER in table and any(map(is_hidden, table.columns))
-
-
-def _shifted(table: pd.DataFrame, boundary: float) -> pd.DataFrame:
-    """Return a table with other replies and the same other columns, which are not copied."""
-    shifted = table.copy(deep=False)
-    if TEACHER in shifted:
-        shifted[TEACHER] = shifted[TEACHER] - boundary
-    return shifted
+        if self.image_probe is None or not image_tokens or name not in self.inputs.objects:
+            return None
+        return self.image_probe.locate(unpack_vectors(image_tokens), self.inputs.objects.index(name))

@@ -11,27 +11,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.special import logit
 from sklearn.base import BaseEstimator
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, first_line, wrong_type
 from stethoscope.core.files import as_path
-from stethoscope.core.token_table import (
-    FeatureSchema,
-    Repeats,
-    Subtokens,
-    check_table,
-    feature_names,
-    unpack_vectors,
-)
+from stethoscope.core.token_table import FeatureSchema, Repeats, Subtokens, check_table
 from stethoscope.detection import artifact
 from stethoscope.detection.calibrated_model import CalibratedModel, Examples
-from stethoscope.detection.design_matrix import Inputs, Selection, check_settings, frequent_objects
-from stethoscope.detection.detector_manifest import DetectorManifest, check_notes
+from stethoscope.detection.design_matrix import Design, Inputs
+from stethoscope.detection.detector_settings import DetectorManifest, Selection, check_notes, check_settings
 from stethoscope.detection.estimator_classes import restored_classifier
-from stethoscope.detection.estimators import Stacked, add_prefix
+from stethoscope.detection.estimators import add_prefix
 from stethoscope.detection.evidence_prior import Explanation, explanation
-from stethoscope.detection.image_probe import ImageProbe, fit_image_probe, has_tokens
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import mixture_line, recalibrate
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee
@@ -41,7 +32,6 @@ from stethoscope.detection.visual_consistency import NamedProbability, VisualCon
 from stethoscope.detection.warning_threshold import WarningThreshold, choose_threshold
 
 PROBE = "image_probe"  # prefix of its arrays
-PROBABILITIES = (1e-9, 1 - 1e-9)  # to which they are cut off before log-odds are taken
 
 
 class Detector:
@@ -83,6 +73,7 @@ class Detector:
             ``"confidence": 0.95`` and ``"per_image"``, the most mentions that an image counts with, beside it or not.
 
     Attributes:
+        design: how it builds its design matrix.
         warning_threshold: where to warn, and how that was chosen.
         monitor: compares pictures and answers with those it was calibrated on (``stethoscope.detection.shift``); None
             where the folds were too small for one, and in detectors of older versions.
@@ -120,9 +111,7 @@ class Detector:
         self.monitor: ShiftMonitor | None = None
         self.notes: dict[str, Any] = {}
         self._model: CalibratedModel | None = None
-        self._schema = FeatureSchema(())
-        self._inputs = Inputs()
-        self._image_probe: ImageProbe | None = None
+        self.design = Design()
         self._base_rate = 0.5
 
     def __repr__(self) -> str:
@@ -156,17 +145,17 @@ class Detector:
     @property
     def features(self) -> tuple[str, ...]:
         """Names of the columns it reads, in order; empty before ``fit``."""
-        return self._inputs.features
+        return self.inputs.features
 
     @property
     def inputs(self) -> Inputs:
         """The columns of its design matrix; none before ``fit``."""
-        return self._inputs
+        return self.design.inputs
 
     @property
     def schema(self) -> FeatureSchema:
         """All features of the table it was fitted on; a table to predict must have the same."""
-        return self._schema
+        return self.design.schema
 
     @property
     def model(self) -> CalibratedModel:
@@ -204,29 +193,22 @@ class Detector:
         for table in (train, *([] if calibration is None else [calibration])):
             check_table(table)
         # if fitting fails, the old model must not read the new columns
-        self._model, self._inputs, self._image_probe = None, Inputs(), None
+        self._model, self.design = None, Design()
         train, calibration = tables = self._selection.centre_replies(train, calibration)
         unlabelled = self._selection.unlabelled(train)
         train = self._selection.labelled(train)
-        names = self._selection.features(feature_names(train))
-        self._schema = self._selection.schema(train, names)
-        self._inputs = self._selection.inputs(names, ())
-        if self._inputs.needs_objects:
-            self._inputs = self._selection.inputs(names, frequent_objects(train))
-        examples = Examples.of(self._training_matrix(train, unlabelled), train)
-        empty = [name for name in self.features if train[name].isna().all()]
-        if len(train) and empty:
-            raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
+        self.design, matrix = Design.fit(self.settings, train, unlabelled)
+        examples = Examples.of(matrix, train)
         held_out = None
         if calibration is not None:
             calibration = self._selection.labelled(calibration)
-            held_out = Examples.of(self.matrix(calibration), calibration)
+            held_out = Examples.of(self.design.matrix(calibration), calibration)
             both = set(examples.groups) & set(held_out.groups)
             if both:
                 raise DataError(f"{len(both)} images are in both folds, {str(min(both))!r} for one; split by image")
         kind, C, seed, method = (self.settings[key] for key in ("estimator", "C", "seed", "calibration"))
-        more = None if unlabelled is None else self.matrix(unlabelled)
-        model = CalibratedModel.fit(self._inputs.classifier(kind, C, seed, more), examples, held_out, method, C)
+        more = None if unlabelled is None else self.design.matrix(unlabelled)
+        model = CalibratedModel.fit(self.inputs.classifier(kind, C, seed, more), examples, held_out, method, C)
         # the share of hallucinated mentions where its probabilities are right
         base_rate = float((examples if held_out is None or method == "none" else held_out).labels.mean())
         estimated = None
@@ -250,51 +232,23 @@ class Detector:
         self, model: CalibratedModel, train: pd.DataFrame, calibration: pd.DataFrame | None
     ) -> ShiftMonitor | None:
         """Fit the monitor on token tables."""
-        held_out = None if calibration is None else self._readings(model, self.monitored_mentions(calibration))
-        learned = self._readings(model, self.monitored_mentions(train), calibration is None)
-        return ShiftMonitor.fit(self._inputs.explained_columns, learned, held_out)
+        learned = self.design.readings(model, self._selection.monitored(train), calibration is None)
+        held_out = None
+        if calibration is not None:
+            held_out = self.design.readings(model, self._selection.monitored(calibration))
+        return ShiftMonitor.fit(self.inputs.explained_columns, learned, held_out)
 
-    def _readings(self, model: CalibratedModel, mentions: pd.DataFrame, contents: bool = True) -> Readings:
-        """Read what the monitor compares of mentions; with ``contents`` also which objects their pictures show."""
-        matrix, inner = self.matrix(mentions), model.model
-        while isinstance(inner, Stacked) and len(mentions):
-            matrix, inner = inner.join_inputs(matrix), inner.classifier_
-        scores = inner.decision_function(matrix) if len(mentions) else np.zeros(0)
-        log_odds = logit(np.clip(model.calibrate(scores), *PROBABILITIES))
-        columns = matrix[:, : len(self._inputs.explained_columns)]
-        probe = self._image_probe if contents and has_tokens(mentions) else None
-        return Readings(mentions, columns, log_odds, None if probe is None else probe.contents(mentions))
+    def readings(self, table: pd.DataFrame, contents: bool = True) -> Readings:
+        """Read what ``monitor`` compares: of the mentions of a table, judged or not, those that count.
 
-    def readings(self, table: pd.DataFrame) -> Readings:
-        """Read what the monitor compares of the mentions of a token table.
+        Args:
+            table: a token table.
+            contents: also look which objects the pictures show, which only whole runs are compared by.
 
         Raises:
             ArtefactError, DataError: as in ``predict``.
         """
-        return self._readings(self.model, self.monitored_mentions(table))
-
-    def unlike_pictures(self, table: pd.DataFrame) -> pd.DataFrame | None:
-        """Compare single answers with those that the detector was calibrated on; see ``ShiftMonitor.pictures``.
-
-        None where the detector has no monitor.
-        """
-        if self.monitor is None:
-            return None
-        return self.monitor.pictures(self._readings(self.model, self.monitored_mentions(table), contents=False))
-
-    def shift_sentence(self, table: pd.DataFrame) -> str:
-        """Say in one sentence that the one answer of a token table is unlike those of calibration; empty if it is not.
-
-        Empty also where the detector has no monitor, or the answer names nothing.
-        """
-        mentions = self.monitored_mentions(table)
-        if self.monitor is None or not len(mentions):
-            return ""
-        return self.monitor.sentence(self._readings(self.model, mentions, contents=False))
-
-    def monitored_mentions(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Select the mentions that the monitor reads: judged or not, a row each, first ones if only they count."""
-        return self._selection.monitored(table)
+        return self.design.readings(self.model, self._selection.monitored(table), contents)
 
     def shift(self, table: pd.DataFrame) -> RunShift | None:
         """Compare a run with the pictures that the detector was calibrated on.
@@ -308,10 +262,11 @@ class Detector:
         Raises:
             ArtefactError, DataError: as in ``predict``.
         """
-        mentions = self.monitored_mentions(table)
+        mentions = self._selection.monitored(table)
         if self.monitor is None or not len(mentions):
             return None
-        return self.monitor.run(self._readings(self.model, mentions), self.threshold, self.certificate)
+        readings = self.design.readings(self.model, mentions)
+        return self.monitor.run(readings, self.threshold, self.certificate)
 
     def recalibrate(self, table: pd.DataFrame, labelled: bool = True) -> Detector:
         """Return a copy with another calibration, for data unlike those that this detector was calibrated on.
@@ -331,13 +286,13 @@ class Detector:
                 sees no changed share of hallucinations, or something else that has changed more.
             ArtefactError: as in ``predict``.
         """
-        rows = self.monitored_mentions(table)
+        rows = self._selection.monitored(table)
         rows = rows[rows["label"] >= 0].reset_index(drop=True) if labelled else rows
         if not len(rows):
             raise DataError(f"there is no {'judged ' if labelled else ''}mention to calibrate the detector on")
         scores = self.model.scores(self.matrix(rows))
         if not labelled and self.monitor is not None:
-            self.monitor.check_share_alone(self._readings(self.model, rows))
+            self.monitor.check_share_alone(self.design.readings(self.model, rows))
         images, labels = int(rows["group"].nunique()), rows["label"].to_numpy(dtype=int) if labelled else None
         line, base_rate, model, threshold = recalibrate(
             self.model, scores, labels, self._base_rate, self.threshold, images
@@ -349,7 +304,7 @@ class Detector:
         new.notes = {key: value for key, value in self.notes.items() if key not in ("split", "figures")}
         new.notes["recalibrated"] = {"images": images, "mentions": len(rows), "labelled": labelled, "line": list(line)}
         if self.monitor is not None:
-            new.monitor = self.monitor.with_reference(self._readings(model, rows))
+            new.monitor = self.monitor.with_reference(self.design.readings(model, rows))
         return new
 
     def select_mentions(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
@@ -387,41 +342,6 @@ class Detector:
         """
         return self.model.predict(self.matrix(table))
 
-    def predict_rows(
-        self,
-        rows: np.ndarray,
-        names: Sequence[str] = (),
-        places: np.ndarray | None = None,
-        absence: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Return the probabilities of rows without a table, (rows,) in [0, 1], as a stream makes them.
-
-        Args:
-            rows: (rows, features) in the order of ``features``.
-            names: of the objects that the rows name, where ``inputs`` need them.
-            places: (rows, 3) index of the token in the answer, mentions and mentions of the same object before.
-            absence: (objects,) of ``absent_objects``, of the picture of all rows; None without image tokens.
-
-        Raises:
-            ArtefactError: the detector was not fitted.
-        """
-        if not self._inputs.needs_objects:
-            return self.model.predict(self._inputs.arrange(rows))
-        named = np.array([self._inputs.index_of.get(name, -1) for name in names])
-        scores = None if absence is None else np.where(named < 0, np.nan, absence[named])
-        return self.model.predict(self._inputs.arrange(rows, named, scores, places))
-
-    def absent_objects(self, tokens: np.ndarray) -> np.ndarray | None:
-        """Score for every object of ``inputs`` that a picture lacks it, (objects,) log-odds; None if it reads no token.
-
-        Args:
-            tokens: (N, D) image tokens, as a token table has them.
-
-        Raises:
-            DataError: the tokens have another number of dimensions than those of training.
-        """
-        return None if self._image_probe is None else -self._image_probe.transform([tokens])[0]
-
     def explain(self, table: pd.DataFrame) -> Explanation:
         """Split each row's log-odds into evidence, prior and, for ``logistic``, contributions of features.
 
@@ -430,7 +350,7 @@ class Detector:
             ArtefactError, DataError: as in ``predict``.
         """
         model, matrix = self.model, self.matrix(table)
-        return explanation(model, matrix, model.predict(matrix), self._inputs.explained_columns, self._base_rate)
+        return explanation(model, matrix, model.predict(matrix), self.inputs.explained_columns, self._base_rate)
 
     def visual_evidence(self, table: pd.DataFrame, count: int = 3) -> list[tuple[NamedProbability, ...]]:
         """Return the objects that the image evidence behind each row most resembles.
@@ -453,40 +373,8 @@ class Detector:
         model, matrix = self.model.model, self.matrix(table)
         if not isinstance(model, VisualConsistency):
             return [()] * len(table)
-        candidates = most_likely(model.log_probabilities(matrix), self._inputs.objects, count)
+        candidates = most_likely(model.log_probabilities(matrix), self.inputs.objects, count)
         return [looks if name else () for looks, name in zip(candidates, table["object"], strict=True)]
-
-    def locate(self, image_tokens: str, name: str) -> np.ndarray | None:
-        """Compute how probable each image token alone makes it that the picture shows an object.
-
-        This is what ``image_objects`` of ``explain`` rests on. It learned where objects are from what answers named and
-        from no box.
-
-        Args:
-            image_tokens: of the column ``image_tokens`` of a token table.
-            name: of the object.
-
-        Returns:
-            (N,) in [0, 1]; None where the detector reads no image tokens or does not know the name.
-
-        Raises:
-            DataError: the tokens are of another kind.
-        """
-        if self._image_probe is None or not image_tokens or name not in self._inputs.objects:
-            return None
-        return self._image_probe.locate(unpack_vectors(image_tokens), self._inputs.objects.index(name))
-
-    def _training_matrix(self, train: pd.DataFrame, unlabelled: pd.DataFrame | None) -> np.ndarray:
-        """Fit the probe of image tokens, where there are any, and build the design matrix of the training mentions."""
-        inputs = self._inputs
-        fitted = None
-        if inputs.reads_tokens and has_tokens(train):
-            inputs = replace(inputs, objects=inputs.objects or frequent_objects(train))
-            fitted = fit_image_probe(train, unlabelled, inputs.objects, inputs.taught, self.settings["seed"])
-        if fitted is None:
-            return self._inputs.matrix(train)
-        self._image_probe, self._inputs = fitted[0], replace(inputs, imaged=True)
-        return self._inputs.matrix(train, fitted[1])
 
     def matrix(self, table: pd.DataFrame) -> np.ndarray:
         """Build the design matrix, (rows, columns).
@@ -494,23 +382,16 @@ class Detector:
         Raises:
             ArtefactError, DataError: as in ``predict``.
         """
-        schema = self._selection.schema(table, self._inputs.features)
-        if schema.hash != self._schema.hash:
-            raise ArtefactError(
-                f"the table's features (schema {schema.hash}) are not those the detector was fitted on "
-                f"({self._schema.hash}): {self._schema.difference(schema)}"
-            )
-        probe = self._image_probe
-        return self._inputs.matrix(table, None if probe is None else probe.scores(table, self._inputs.objects))
+        return self.design.matrix(table)
 
     @property
     def manifest(self) -> dict[str, Any]:
         """JSON-able contents of ``manifest.json``, to which ``artifact.write`` adds versions and digests."""
         return DetectorManifest(
             self.settings,
-            self._inputs.features,
-            self._inputs.objects,
-            self._schema,
+            self.inputs.features,
+            self.inputs.objects,
+            self.schema,
             self._base_rate,
             self.warning_threshold,
             None if self.monitor is None else self.monitor.to_dict(),
@@ -539,8 +420,8 @@ class Detector:
         manifest = self.manifest
         texts = {artifact.CARD: artifact.model_card(manifest)}
         monitor = {} if self.monitor is None else add_prefix("monitor", self.monitor.arrays())
-        probe = {} if self._image_probe is None else add_prefix(PROBE, self._image_probe.arrays())
-        artifact.write(folder, {**self._model.arrays(), **probe, **monitor}, manifest, texts, check=type(self).load)
+        arrays = {**self._model.arrays(), **add_prefix(PROBE, self.design.arrays()), **monitor}
+        artifact.write(folder, arrays, manifest, texts, check=type(self).load)
 
     def push_to_hub(
         self,
@@ -567,10 +448,6 @@ class Detector:
         """
         if not isinstance(repo_id, str):
             raise wrong_type("repo_id", "the name of a repository (owner/name)", repo_id)
-        if repo_id.startswith(("/", ".", "~")):
-            raise ArtefactError(
-                f"{repo_id} is a path, not a repository (owner/name); `save` writes a detector to a path"
-            )
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / "detector")
             return artifact.push(Path(folder) / "detector", repo_id, private, token, revision, commit_message)
@@ -588,11 +465,8 @@ class Detector:
             ConfigError: ``name`` is no text and no path.
             ArtefactError: neither holds a detector, or it is damaged or not to be trusted; as ``load``.
         """
-        if as_path(name, "name").is_dir():
-            return cls.load(name)
-        if str(name).startswith(("/", ".", "~")):
-            raise ArtefactError(f"there is no folder {name}")
-        return cls.load(artifact.fetch(str(name), revision, token))
+        local = as_path(name, "name").is_dir()
+        return cls.load(name if local else artifact.fetch(str(name), revision, token))
 
     @classmethod
     def load(cls, folder: Path | str) -> Detector:
@@ -615,14 +489,13 @@ class Detector:
             with restored_classifier(values["settings"]["estimator"], str(path)):
                 detector = cls(**values["settings"])
             manifest = DetectorManifest.parse(values)
-            inputs = detector._selection.inputs(manifest.features, manifest.objects)
+            inputs = Inputs.of(detector.settings, manifest.features, manifest.objects)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise ArtefactError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
         settings = detector.settings
         try:
-            if inputs.reads_tokens and "mean" in arrays.under(PROBE):
-                detector._image_probe = ImageProbe.restore(arrays.under(PROBE), len(inputs.objects))
-                inputs = replace(inputs, imaged=True)
+            detector.design = Design.restore(manifest.schema, inputs, arrays.under(PROBE))
+            inputs = detector.inputs
             model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])
             if manifest.monitor is not None:
                 detector.monitor = ShiftMonitor.restore(
@@ -631,7 +504,6 @@ class Detector:
             detector._model = CalibratedModel.restore(model, settings["calibration"], arrays, inputs.width)
         except (ArtefactError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{folder / artifact.OBJECTS} cannot be used: {error}") from None
-        detector.warning_threshold = manifest.threshold
-        detector._schema, detector._inputs, detector._base_rate = manifest.schema, inputs, manifest.base_rate
+        detector.warning_threshold, detector._base_rate = manifest.threshold, manifest.base_rate
         detector.notes = dict(manifest.notes)
         return detector

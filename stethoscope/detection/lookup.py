@@ -241,9 +241,9 @@ def _unlike(
     """Return for every mention whether its answer is unlike the calibration fold, and the p-value of that."""
     import pandas as pd  # not for those who only look detectors up
 
-    answers = detector.unlike_pictures(table) if len(mentions) else None
-    if answers is None:
+    if detector.monitor is None or not len(mentions):
         return [None] * len(mentions), [None] * len(mentions)
+    answers = detector.monitor.pictures(detector.readings(table, contents=False))
     rows = answers.set_index(["task", "sample_id"]).loc[pd.MultiIndex.from_frame(mentions[["task", "sample_id"]])]
     return rows["unlike"].tolist(), rows["p"].tolist()
 

@@ -200,7 +200,7 @@ def locate_objects(
     if detector is None:
         return {}
     names = dict.fromkeys(mention.object for mention in mentions)
-    seen = {name: detector.locate(columns.get(IMAGE_TOKENS, ""), name) for name in names}
+    seen = {name: detector.design.locate(columns.get(IMAGE_TOKENS, ""), name) for name in names}
     return {name: values for name, values in seen.items() if values is not None}
 
 
@@ -233,7 +233,7 @@ def shift_sentence(
     if detector.monitor is None:
         return ""
     table = token_rows(encoded, answer, mentions, columns, profile_text(picture))
-    return detector.shift_sentence(table)
+    return detector.monitor.sentence(detector.readings(table, contents=False))
 
 
 def token_rows(

@@ -87,7 +87,7 @@ class Scorer:
         self._own = [item for item in features.features if item.name not in (*HISTORY, *COUNTED)]
         self._history = [item for item in features.features if item.name in HISTORY]
         self._features, self._table = detector.features, detector.schema.names
-        self._detector, self._predict = detector, detector.predict_rows
+        self._detector = detector
         self._image_tokens: np.ndarray | None = None  # of the picture
         self._absence: np.ndarray | None = None  # what the detector makes of them
         self._fast: FastFeatures | None = None
@@ -146,13 +146,17 @@ class Scorer:
         places = np.array([[tokens[0], mention.mention_index, mention.repeat_index]], float)
         return float(self._predict(row, [mention.object], places, self._absent_objects(steps))[0])
 
+    def _predict(self, rows: np.ndarray, *mention: Any) -> np.ndarray:
+        """Compute the probabilities of rows; ``mention`` is what ``Design.arrange`` needs besides."""
+        return self._detector.model.predict(self._detector.design.arrange(rows, *mention))
+
     def _absent_objects(self, steps: RecordedSteps) -> np.ndarray | None:
         """Look for all objects among the image tokens, once for an answer."""
         if self.imaged and self._absence is None:
             if steps.image_embeds is None or not len(steps.image_embeds):
                 raise CapabilityError("the detector looks for objects among the image tokens, which this model hides")
             self._image_tokens = in_half_precision(project_image_tokens(steps.image_embeds))
-            self._absence = self._detector.absent_objects(self._image_tokens.astype(np.float32))
+            self._absence = self._detector.design.absent_objects(self._image_tokens.astype(np.float32))
         return self._absence
 
     def skip(self, steps: RecordedSteps, stop: int) -> None:

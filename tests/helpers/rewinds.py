@@ -9,7 +9,7 @@ import stethoscope as package
 from stethoscope import testbed
 from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
-from stethoscope.detection.design_matrix import Inputs
+from stethoscope.detection.design_matrix import Design, Inputs
 from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.streaming.backtrack import Backtrack, Backtracker
 from stethoscope.streaming.recorded_steps import STEP_REQUIREMENTS
@@ -34,7 +34,7 @@ def doubt(name):
 def fake_detector(columns):
     """A detector of the columns of another model, whose probabilities the test sets."""
     detector = package.Detector(repeats="all")
-    detector._schema, detector._inputs = FeatureSchema(tuple(columns)), Inputs(tuple(columns))
+    detector.design = Design(FeatureSchema(tuple(columns)), Inputs(tuple(columns)))
     detector._model = package.Detector.load(testbed.DETECTOR_DIR).model
     return detector
 

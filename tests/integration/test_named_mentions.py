@@ -15,7 +15,7 @@ from stethoscope.core.errors import CapabilityError
 from stethoscope.core.token_table import IMAGE_TOKENS, FeatureSchema, unpack_vectors
 from stethoscope.core.types import Generation
 from stethoscope.detection.calibrated_model import CalibratedModel
-from stethoscope.detection.design_matrix import Inputs
+from stethoscope.detection.design_matrix import Design, Inputs
 from stethoscope.detection.image_probe import ImageProbe
 from stethoscope.detection.inference import LinearClassifier, Preprocessing
 from stethoscope.diagnosis.answer_verdicts import extract_mentions, token_rows
@@ -171,13 +171,12 @@ def made_up_detector(columns, tokens, objects):
     weights = random.normal(size=(width, 1)) / width**0.5
     weights[-1] = 2.0
     fake = stethoscope.Detector(repeats="all", hidden_probe=False)
-    fake._schema = FeatureSchema(names)
-    fake._inputs = Inputs(names, objects, probed=False, imaged=True)
     fake._model = CalibratedModel(LinearClassifier(inputs, weights, np.zeros(1), None))
-    fake._image_probe = ImageProbe(
+    probe = ImageProbe(
         tokens.mean(0), tokens.std(0) + 1e-3, random.normal(size=(size, 64)) / size**0.5, random.normal(size=64),
         random.normal(size=(64, len(objects))), random.normal(size=len(objects)),
     )  # fmt: skip
+    fake.design = Design(FeatureSchema(names), Inputs(names, objects, probed=False, imaged=True), probe)
     return fake
 
 
@@ -275,7 +274,7 @@ def test_the_app_warns_by_image_tokens_while_an_answer_is_written(adapter, detec
 def test_what_a_step_does_not_give_is_refused_in_a_line(adapter, detector, monkeypatch):
     fake = stethoscope.Detector()
     names = ("nll", "attended_embedding_d0000")
-    fake._schema, fake._inputs = FeatureSchema(names), Inputs(names, ("dog",), imaged=True)
+    fake.design = Design(FeatureSchema(names), Inputs(names, ("dog",), imaged=True))
     with pytest.raises(CapabilityError, match="attended_embedding, which a decoding step does not give") as caught:
         stream(adapter, testbed.scenes(1)[0].image(), QUESTION, detector=fake)
     assert "\n" not in str(caught.value)
@@ -292,6 +291,7 @@ def test_rows_are_judged_as_a_table_is(table, detector, prior):
         expected = fitted.predict(rows)
         for index in range(0, len(rows), 9):
             tokens = unpack_vectors(rows[IMAGE_TOKENS][index])
-            absence = fitted.absent_objects(tokens)
-            judged = fitted.predict_rows(values[[index]], [rows["object"][index]], places[[index]], absence)
+            absence = fitted.design.absent_objects(tokens)
+            row = fitted.design.arrange(values[[index]], [rows["object"][index]], places[[index]], absence)
+            judged = fitted.model.predict(row)
             assert judged[0] == pytest.approx(expected[index], abs=1e-9)

@@ -13,7 +13,7 @@ from stethoscope import testbed
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
-from stethoscope.detection.design_matrix import Inputs
+from stethoscope.detection.design_matrix import Design, Inputs
 from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.features.columns import feature_of
 from stethoscope.storage.run_dir import RunStore
@@ -458,7 +458,7 @@ def test_rows_of_other_families(model, straight, names, images, every, monkeypat
     features = FeatureSet(groups=(), names=names)
     answer = other.generate([encoded], generation)[0]
     columns = features.compute(other.trace(encoded, answer, features.requires))
-    fake._schema, fake._inputs, fake._model = FeatureSchema(tuple(columns)), Inputs(tuple(columns)), every.model
+    fake.design, fake._model = Design(FeatureSchema(tuple(columns)), Inputs(tuple(columns))), every.model
     streamer = WarningStreamer(other, encoded, fake, delay=1, generation=generation, extraction=any_word)
     streamer.scorer._predict = lambda rows: np.full(len(rows), 0.5)
     with streamer:
@@ -506,7 +506,7 @@ def test_rows_are_judged_as_a_table_is(settings):
 )
 def test_detectors_that_read_more_are_refused_in_a_line(adapter, images, names, settings, delay, message):
     detector = stethoscope.Detector(**settings)
-    detector._schema, detector._inputs = FeatureSchema(tuple(names)), Inputs(tuple(names))
+    detector.design = Design(FeatureSchema(tuple(names)), Inputs(tuple(names)))
     with pytest.raises(CapabilityError, match=message) as caught:
         stream(adapter, images[0], QUESTION, detector=detector, delay=delay)
     assert "\n" not in str(caught.value)

@@ -88,15 +88,15 @@ def test_the_detector_says_where_it_sees_an_object(seeing):
     hits = []
     for row in TEST[TEST["label"] == 0].itertuples():
         tokens = unpack_vectors(row.image_tokens)
-        parts = seeing.locate(row.image_tokens, row.object)
+        parts = seeing.design.locate(row.image_tokens, row.object)
         assert parts.shape == (TOKENS,)
-        odds = seeing._image_probe.transform([tokens])[0, seeing.inputs.objects.index(row.object)]
+        odds = seeing.design.image_probe.transform([tokens])[0, seeing.inputs.objects.index(row.object)]
         assert np.log((parts / (1 - parts)).sum()) == pytest.approx(odds)  # of the whole picture
         hits.append(parts.argmax() == (tokens @ LOOKS[list(OBJECTS).index(row.object)]).argmax())
     assert np.mean(hits) > 0.9
-    assert seeing.locate(row.image_tokens, "unicorn") is None
-    assert seeing.locate("", row.object) is None
-    assert Detector(C=0.1, visual_consistency=False).fit(TRAIN).locate(row.image_tokens, row.object) is None
+    assert seeing.design.locate(row.image_tokens, "unicorn") is None
+    assert seeing.design.locate("", row.object) is None
+    assert Detector(C=0.1, visual_consistency=False).fit(TRAIN).design.locate(row.image_tokens, row.object) is None
 
 
 def test_the_gradient_is_that_of_autograd():

@@ -246,7 +246,7 @@ def test_only_first_mentions_are_compared_where_only_they_count():
     later = fresh[fresh["mention_index"] == 3].assign(repeat_index=1, nll=50.0)
     both = pd.concat([fresh, later], ignore_index=True)
     assert detector.shift(both) == detector.shift(fresh)
-    assert len(detector.monitored_mentions(both)) == 60 * 4
+    assert len(detector.readings(both).mentions) == 60 * 4
 
 
 def test_warnings_carry_the_p_value_of_their_picture(tmp_path):
@@ -277,7 +277,7 @@ def test_a_detector_carries_its_monitor_to_a_file_and_back(tmp_path):
     detector = Detector(C=1.0).fit(train, calibration)
     detector.save(tmp_path / "detector")
     loaded, fresh = Detector.load(tmp_path / "detector"), with_pictures(token_table(50, seed=9), 9)
-    pd.testing.assert_frame_equal(loaded.unlike_pictures(fresh), detector.unlike_pictures(fresh))
+    pd.testing.assert_frame_equal(*(fitted.monitor.pictures(fitted.readings(fresh)) for fitted in (loaded, detector)))
     assert loaded.shift(fresh) == detector.shift(fresh)
     assert loaded.manifest["monitor"] == detector.manifest["monitor"]
     loaded.save(tmp_path / "again")

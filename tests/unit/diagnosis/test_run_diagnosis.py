@@ -15,6 +15,7 @@ from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError,
 from stethoscope.core.text import percent
 from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
+from stethoscope.detection.design_matrix import Design
 from stethoscope.detection.lookup import mention_warnings
 from stethoscope.diagnosis.render import describe_reply, payload
 from stethoscope.diagnosis.run_diagnosis import diagnose
@@ -219,7 +220,7 @@ def test_a_detector_of_another_model_is_refused(scene, run):
 
 def test_a_detector_with_an_unknown_feature_is_refused(adapter, scene, run):
     detector = stethoscope.Detector()
-    detector._schema = FeatureSchema(("nll", "telepathy_l00"))
+    detector.design = Design(FeatureSchema(("nll", "telepathy_l00")))
     with pytest.raises(CapabilityError, match="unknown feature 'telepathy'"):
         diagnose(adapter, scene, QUESTION, answer="A dog.", detector=detector)
 
@@ -256,7 +257,7 @@ def test_what_a_model_cannot_give_is_left_out_and_said(adapter, scene, run):
 
 def test_a_detector_that_needs_what_the_model_cannot_give(adapter, scene):
     detector = stethoscope.Detector()
-    detector._schema = FeatureSchema(("nll", "relevancy_peak"))
+    detector.design = Design(FeatureSchema(("nll", "relevancy_peak")))
     with pytest.raises(CapabilityError, match="the detector reads features that deaf does not give"):
         diagnose(Deaf(adapter), scene, QUESTION, answer="A dog.", detector=detector)
 
