@@ -45,6 +45,8 @@ async def answer(
                     case MentionCompleted(warned=True):
                         yield ServerSentEvent(event="warning", data=vars(event))
                     case Final(answer=whole):
+                        if shift := await run_in_threadpool(getattr, event, "shift"):  # no percentage is calibrated
+                            yield ServerSentEvent(event="shift", data=shift)
                         yield ServerSentEvent(event="end", data=whole.text)
         finally:  # also when the client has hung up
             events.close()

@@ -41,8 +41,15 @@ PARTS = (0, 20, 40, 60, 80, 120)
 class NamePrior(TextPrior):
     """The text prior without the objects that were named before."""
 
-    def _join(self, rows: pd.DataFrame, shifts: np.ndarray) -> np.ndarray:
-        return super()._join(rows, shifts[:, :0])
+    def _fit_inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        return self._without_others(super()._fit_inputs(rows), rows)
+
+    def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        return self._without_others(super()._inputs(rows), rows)
+
+    def _without_others(self, inputs: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
+        """Leave out the last columns, those of the other objects."""
+        return inputs[:, : -self._cooccurrence.transform(rows).shape[1]]
 
 
 class Caption(NamedTuple):

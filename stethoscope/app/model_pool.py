@@ -41,7 +41,8 @@ BUNDLED = "the embedded model's"
 """Name of the detector that comes with the embedded model, among those to choose from."""
 TRAIN_ONE = (
     "No detector of this model was found, so there are no warnings: tokens are coloured by how improbable they are. "
-    "`stethoscope benchmark model={model}` trains one; then start the app again."
+    "`stethoscope benchmark model={model}` trains one (of rendered scenes, unless chair.source=files or hub takes "
+    "photographs); then start the app again."
 )
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 HEAT_MAPS = "heatmaps"
 TRAIN_ONE = (
-    "no detector comes with this model, so no warnings; `stethoscope benchmark model={model}` trains one, "
-    "then add detector=runs/benchmark-{model}"
+    "no detector comes with this model, so no warnings; `stethoscope benchmark model={model}` trains one (of rendered "
+    "scenes, unless chair.source=files or hub takes photographs), then add detector=runs/benchmark-{model}"
 )
 MEANING = {
     "calibrated": "probability of hallucination {} or more",

@@ -105,6 +105,8 @@ def check_other(program, rest):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = re.findall(r"\[([\w,]+)\]", " ".join(rest))
         assert {name for part in extras for name in part.split(",")} <= project["optional-dependencies"].keys(), rest
+    elif program == "uvicorn":
+        assert (ROOT / rest[rest.index("--app-dir") + 1] / f"{rest[-1].partition(':')[0]}.py").is_file(), rest
     elif program in ("torchrun", "accelerate"):
         compose(rest[rest.index("stethoscope") + 1 :])
     else:
