@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +27,21 @@ _NOT_DIGESTED = (
 their own in the fingerprint."""
 
 
-def weights(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
+def weights(model: PreTrainedModel, model_id: str | None, folder: bool, files: Sequence[Path] = ()) -> str:
     """Compute a digest of the weight files of a folder, name the commit of a hub model, or digest weights in memory.
 
+    ``files`` are those that were read, where it was not transformers that read them; then it is their digest.
     Files are read whole; see ``digests.cached_digest`` for when they are read again. Weights in memory are digested
     where a second repository was loaded too, as under a LoRA, and where the folder holds no known weight files.
     """
+    if files:
+        return digest_files(files)
     if not getattr(model, "_hf_peft_config_loaded", False):
         commit = getattr(model.config, "_commit_hash", None)
         if folder and model_id is not None:
             paths = _weight_files(Path(model_id).expanduser())
             if paths:
-                return f"sha256:{cached_digest(paths, lambda: _digest_files(paths))}"
+                return f"sha256:{cached_digest(paths, lambda: _digest_named_files(paths))}"
         elif model_id is not None and commit:
             return f"commit:{commit}"
     return f"state:{_digest_state(model)}"
@@ -98,7 +103,7 @@ def _weight_files(root: Path) -> list[Path]:
     return sorted(paths)
 
 
-def _digest_files(paths: list[Path]) -> str:
+def _digest_named_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode())
@@ -106,6 +111,23 @@ def _digest_files(paths: list[Path]) -> str:
             while block := file.read(2**22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """Compute the digest of the contents of files, whatever their names."""
+    digest = hashlib.sha256()
+    for path in paths:
+        blob = path.resolve()
+        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+            digest.update(blob.name.encode())  # the hub's cache names large files by their SHA-256
+            continue
+        digest.update(cached_digest([path], partial(_sha256, path)).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_state(model: PreTrainedModel) -> str:

@@ -72,6 +72,7 @@ class HfAdapter(Adapter):
         family: transformers' ``model_type``; used with ``random_init`` only.
 
     Attributes:
+        report: how files and model fit together, once loaded; None where transformers reads them.
         stop: strings that end an answer of this family, besides those of ``Generation.stop``.
 
     Raises:
@@ -80,6 +81,7 @@ class HfAdapter(Adapter):
 
     mitigates: ClassVar[bool] = True
     stop: tuple[str, ...] = ()
+    report: loading.LoadReport | None = None
 
     def __init__(
         self,
@@ -410,7 +412,8 @@ class HfAdapter(Adapter):
         changed = digests.versions(self.model) != self._loaded_versions  # in place, so they differ from the files
         if self._digest is None or changed:
             model_id = None if self.random_init or changed else self.model_id
-            self._digest = digests.weights(self.model, model_id, folder and not changed)
+            files = () if changed or self.report is None else self.report.files
+            self._digest = digests.weights(self.model, model_id, folder and not changed, files)
         return self._digest
 
     def fingerprint(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Describe how a checkpoint and a model fit together.
+
+    Attributes:
+        loaded: number of tensors that went into the model.
+        unexpected: names that are in the files and not in the model, in order.
+        files: files that were read, in order.
+    """
+
+    loaded: int
+    unexpected: tuple[str, ...]
+    files: tuple[Path, ...]
 
 
 def is_folder(model_id: str) -> bool:

@@ -7,7 +7,6 @@ written to disk.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
@@ -15,7 +14,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +22,7 @@ from torch import Tensor
 
 from stethoscope.adapters import memory
 from stethoscope.adapters.load_settings import Loading
-from stethoscope.adapters.loading import is_folder, pretrained, surplus_layer, translate_loading_errors
-from stethoscope.core.digests import cached_digest
+from stethoscope.adapters.loading import LoadReport, is_folder, pretrained, surplus_layer, translate_loading_errors
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, first_line, unknown
 from stethoscope.core.system import describe_error, out_of_memory
 
@@ -64,21 +61,6 @@ class Weight:
 
 
 Weights = dict[str, Weight]
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Describe how a checkpoint and a model fit together.
-
-    Attributes:
-        loaded: number of tensors that went into the model.
-        unexpected: names that are in the files and not in the model, in order.
-        files: files that were read, in order.
-    """
-
-    loaded: int
-    unexpected: tuple[str, ...]
-    files: tuple[Path, ...]
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -192,23 +174,6 @@ def _most_common_dtype(tensors: Collection[Tensor]) -> torch.dtype:
         if tensor.is_floating_point():
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
     return max(counts, key=counts.__getitem__)
-
-
-def digest_files(paths: Iterable[Path]) -> str:
-    """Compute the digest of the contents of files, whatever their names."""
-    digest = hashlib.sha256()
-    for path in paths:
-        blob = path.resolve()
-        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-            digest.update(blob.name.encode())  # the hub's cache names large files by their SHA-256
-            continue
-        digest.update(cached_digest([path], partial(_sha256, path)).encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- files of weights -----------------------------------------------------------------------------------------------

@@ -58,9 +58,6 @@ class ConvLlavaAdapter(HfAdapter):
             ``ConvNextConfig``.
         settings: as for ``HfAdapter``.
 
-    Attributes:
-        report: how files and model fit together, once loaded.
-
     Raises:
         ConfigError: a setting is wrong.
     """
@@ -81,7 +78,6 @@ class ConvLlavaAdapter(HfAdapter):
         super().__init__(model_id, prompt=PROMPTS.get(prompt, prompt), **{"family": "convllava", **settings})
         self.tower, self.tower_revision, self.resolution = tower, tower_revision, resolution
         self.text, self.vision = text, vision
-        self.report: checkpoints.LoadReport | None = None
 
     def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         tower, tower_loading, text, vision = self._parts()
@@ -148,18 +144,11 @@ class ConvLlavaAdapter(HfAdapter):
         side = round(processor.image_tokens**0.5)
         return ImageTokenEncoder(processor, self.prompt, ((side, side),), self.follow_up)
 
-    def weights_digest(self) -> str | None:
-        """See ``Adapter.weights_digest``; it is that of all files together."""
-        self.setup()
-        if self._digest is None and self.report is not None:
-            self._digest = checkpoints.digest_files(self.report.files)
-        return super().weights_digest()
-
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``."""
-        self.setup()
+        facts = super().fingerprint()  # loads the model, which knows the resolution
         sizes = {"text": dict(self.text or {}), "vision": dict(self.vision or {}), "resolution": self.resolution}
-        return super().fingerprint() | {"tower": self.tower and model_name(self.tower), **sizes}
+        return facts | {"tower": self.tower and model_name(self.tower), **sizes}
 
 
 def make_config(text: LlamaConfig, vision: ConvNextConfig, image_token_id: int) -> ConvLlavaConfig:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from stethoscope.adapters import memory, tiny
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors import minigpt4_model as modelling
-from stethoscope.adapters.authors.checkpoints import LoadReport, Weights
+from stethoscope.adapters.authors.checkpoints import Weights
 from stethoscope.adapters.authors.processor import (
     ImageTokenEncoder,
     ImageTokenProcessor,
@@ -66,9 +66,6 @@ class MiniGpt4Adapter(HfAdapter):
         prompt: the model's own prompt; that of ``version`` by default.
         settings: as for ``HfAdapter``.
 
-    Attributes:
-        report: how files and model fit together, once loaded.
-
     Raises:
         ConfigError: a setting is wrong, or a part is not given.
     """
@@ -103,7 +100,7 @@ class MiniGpt4Adapter(HfAdapter):
             for key, value in (("llm", llm), ("vision", vision)):
                 if value is None:
                     raise ConfigError(f"model.{key} is missing; give a folder or a hub id (owner/name)")
-        self.version, self.report = version, LoadReport(0, (), ())
+        self.version = version
         self.sources = {"llm": llm, "vision": vision, "qformer": qformer, "projector": projector}
         for key, value in self.sources.items():
             if not isinstance(value, (str, type(None))):
@@ -196,13 +193,6 @@ class MiniGpt4Adapter(HfAdapter):
         # queries have no grid, and merged patches only if no token spans two rows
         grids = ((side, side // merged),) if self.version == "llama2" and side % merged == 0 else ()
         return ImageTokenEncoder(processor, self.prompt, grids, self.follow_up)
-
-    def weights_digest(self) -> str | None:
-        """See ``Adapter.weights_digest``; it is that of all files together."""
-        if self._digest is None and not self.random_init:
-            self.setup()
-            self._digest = checkpoints.digest_files(self.report.files)
-        return super().weights_digest()
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``."""

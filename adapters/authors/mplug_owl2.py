@@ -54,9 +54,6 @@ class MplugOwl2Adapter(HfAdapter):
             ``CLIPVisionConfig`` and ``MplugOwl2AbstractorConfig``.
         settings: as for ``HfAdapter``.
 
-    Attributes:
-        report: how files and model fit together, once loaded.
-
     Raises:
         ConfigError: a setting is wrong.
     """
@@ -73,7 +70,6 @@ class MplugOwl2Adapter(HfAdapter):
     ) -> None:
         super().__init__(model_id, prompt=prompt or PROMPT, **{"family": "mplug_owl2", **settings})
         self.text, self.vision, self.abstractor = text, vision, abstractor
-        self.report: checkpoints.LoadReport | None = None
 
     def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
@@ -123,16 +119,8 @@ class MplugOwl2Adapter(HfAdapter):
     def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
         return ImageTokenEncoder(processor, self.prompt, follow_up=self.follow_up)
 
-    def weights_digest(self) -> str | None:
-        """See ``Adapter.weights_digest``; it is that of all files together."""
-        self.setup()
-        if self._digest is None and self.report is not None:
-            self._digest = checkpoints.digest_files(self.report.files)
-        return super().weights_digest()
-
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``."""
-        self.setup()
         sizes = {"text": self.text, "vision": self.vision, "abstractor": self.abstractor}
         return super().fingerprint() | {name: dict(chosen or {}) for name, chosen in sizes.items()}
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stethoscope.adapters.authors import checkpoints
+from stethoscope.adapters.fingerprint import digest_files
 from stethoscope.adapters.load_settings import Loading
 from stethoscope.core.errors import ConfigError, DataError
 
@@ -263,7 +264,7 @@ def test_auto_is_the_precision_of_most_weights(llama):
 def test_digest_is_of_the_content(tmp_path):
     for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
         (tmp_path / name).write_text(text)
-    digest, same, other = (checkpoints.digest_files([tmp_path / name]) for name in "abc")
+    digest, same, other = (digest_files([tmp_path / name]) for name in "abc")
     assert digest == same != other
 
 
@@ -273,7 +274,7 @@ def test_digest_of_a_file_in_the_hubs_cache_is_that_of_its_content(tmp_path):
     blob.parent.mkdir()
     blob.write_text("not read")
     (tmp_path / "model.safetensors").symlink_to(blob)
-    assert checkpoints.digest_files([tmp_path / "model.safetensors"]) == checkpoints.digest_files([tmp_path / "plain"])
+    assert digest_files([tmp_path / "model.safetensors"]) == digest_files([tmp_path / "plain"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
