@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.images import profile_text
-from stethoscope.core.token_table import IMAGE_TOKENS, FeatureSchema, stem
+from stethoscope.core.token_table import FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, with_limit
 from stethoscope.features import FeatureSet
 from stethoscope.features.relevancy import image_tokens
@@ -98,6 +98,18 @@ class DiagnosedMention:
         return {"object": self.object, **span, **verdict, "label": self.label}
 
 
+class AnswerFeatures(NamedTuple):
+    """What a detector reads of one answer.
+
+    Attributes:
+        columns: (T,) features by name, of the detector's table; empty without a detector.
+        image_tokens: of the picture as text (``core.token_table.pack_vectors``); empty where none are read.
+    """
+
+    columns: Mapping[str, np.ndarray] = {}
+    image_tokens: str = ""
+
+
 def mention_outcome(label: int, warned: bool) -> str:
     """Name the outcome of a mention by its label (1 hallucinated, 0 grounded, -1 none) and its warning.
 
@@ -154,7 +166,7 @@ def read_samples(extractor: MentionExtractor, generation: Generation | None) -> 
 
 
 def score_mentions(
-    encoded: Encoded, answer: Answer, mentions: list[Mention], columns: dict[str, Any], detector: Detector | None
+    encoded: Encoded, answer: Answer, mentions: list[Mention], features: AnswerFeatures, detector: Detector | None
 ) -> tuple[tuple[TokenVerdict, ...], tuple[DiagnosedMention, ...]]:
     """Score every token and every mention of an answer with a detector.
 
@@ -162,7 +174,7 @@ def score_mentions(
         encoded: the prompt.
         answer: of the model.
         mentions: of ``extract_mentions``.
-        columns: (T,) features of the answer by the detector's columns; empty without a detector.
+        features: of the answer.
         detector: None for mentions without verdicts.
 
     Returns:
@@ -180,27 +192,25 @@ def score_mentions(
     ]
     if detector is None:
         return (), tuple(diagnosed)
-    tokens, verdicts = _score(detector, encoded, answer, mentions, columns)
+    tokens, verdicts = _score(detector, encoded, answer, mentions, features)
     for index, verdict in verdicts.items():
         warned = verdict.probability >= detector.threshold
         diagnosed[index] = replace(diagnosed[index], verdict=verdict, warned=warned)
     return tokens, tuple(diagnosed)
 
 
-def locate_objects(
-    mentions: Sequence[Mention], columns: Mapping[str, Any], detector: Detector | None
-) -> dict[str, np.ndarray]:
+def locate_objects(mentions: Sequence[Mention], image_tokens: str, detector: Detector | None) -> dict[str, np.ndarray]:
     """Let the detector look for every object that an answer names, see ``Diagnosis.seen``.
 
     Args:
         mentions: of ``extract_mentions``.
-        columns: of ``compute_columns``.
+        image_tokens: of ``AnswerFeatures``.
         detector: None sees nothing.
     """
     if detector is None:
         return {}
     names = dict.fromkeys(mention.object for mention in mentions)
-    seen = {name: detector.design.locate(columns.get(IMAGE_TOKENS, ""), name) for name in names}
+    seen = {name: detector.design.locate(image_tokens, name) for name in names}
     return {name: values for name, values in seen.items() if values is not None}
 
 
@@ -208,7 +218,7 @@ def shift_sentence(
     encoded: Encoded,
     answer: Answer,
     mentions: Sequence[Mention],
-    columns: Mapping[str, Any],
+    features: AnswerFeatures,
     detector: Detector | None,
     picture: Image,
     extraction: Extraction,
@@ -219,7 +229,7 @@ def shift_sentence(
         encoded: the prompt.
         answer: of the model.
         mentions: of ``extract_mentions``.
-        columns: (T,) features of the answer by the detector's columns.
+        features: of the answer.
         detector: one without a monitor says nothing.
         picture: that the answer is about.
         extraction: that found the mentions.
@@ -232,12 +242,12 @@ def shift_sentence(
         return words
     if detector.monitor is None:
         return ""
-    table = token_rows(encoded, answer, mentions, columns, profile_text(picture))
+    table = token_rows(encoded, answer, mentions, features, profile_text(picture))
     return detector.monitor.sentence(detector.readings(table, contents=False))
 
 
 def token_rows(
-    encoded: Encoded, answer: Answer, mentions: Sequence[Mention], columns: Mapping[str, Any], picture: str = ""
+    encoded: Encoded, answer: Answer, mentions: Sequence[Mention], features: AnswerFeatures, picture: str = ""
 ) -> pd.DataFrame:
     """Build the token table of one answer.
 
@@ -245,14 +255,13 @@ def token_rows(
         encoded: the prompt.
         answer: of the model.
         mentions: of ``extract_mentions``.
-        columns: of ``compute_columns``.
+        features: of the answer.
         picture: profile of the picture, see ``core.images.picture_profile``; empty where it does not matter.
     """
     sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
-    features, tokens = dict(columns), columns.get(IMAGE_TOKENS, "")
-    features.pop(IMAGE_TOKENS, None)
+    columns, tokens = features
     table = token_table(
-        "diagnose", sample, answer, mentions, features, encoded.text, picture=picture, image_tokens=tokens
+        "diagnose", sample, answer, mentions, columns, encoded.text, picture=picture, image_tokens=tokens
     )
     return as_frame(table)
 
@@ -272,8 +281,8 @@ def feature_set(columns: Sequence[str]) -> FeatureSet:
         ) from None
 
 
-def compute_columns(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, Any]:
-    """Compute the (T,) features of one answer, in the columns that the detector reads, and its image tokens.
+def read_features(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> AnswerFeatures:
+    """Compute what a detector reads of one answer.
 
     Raises:
         CapabilityError: the model gives other columns, for instance because it has fewer layers.
@@ -288,8 +297,7 @@ def compute_columns(features: FeatureSet, trace: Trace, detector: Detector, mode
             f"the detector reads features that {model} does not give, it was trained on another model "
             f"({detector.schema.difference(schema)})"
         )
-    tokens: dict[str, Any] = {IMAGE_TOKENS: image_tokens(trace, columns)}
-    return {name: columns[name] for name in detector.schema.names} | tokens
+    return AnswerFeatures({name: columns[name] for name in detector.schema.names}, image_tokens(trace, columns))
 
 
 def _score(
@@ -297,10 +305,10 @@ def _score(
     encoded: Encoded,
     answer: Answer,
     mentions: Sequence[Mention],
-    columns: Mapping[str, np.ndarray],
+    features: AnswerFeatures,
 ) -> tuple[tuple[TokenVerdict, ...], dict[int, TokenVerdict]]:
     """Compute the verdict on every token, and on every mention by its index."""
-    table = token_rows(encoded, answer, mentions, columns)
+    table = token_rows(encoded, answer, mentions, features)
     rows = detector.select_mentions(table, judged=False)
     rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
     row_verdicts = _verdicts(detector, rows)

@@ -14,10 +14,11 @@ from stethoscope.core.errors import CapabilityError, ConfigError, DataError, che
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Picture, Sample, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.answer_verdicts import (
-    compute_columns,
+    AnswerFeatures,
     extract_mentions,
     feature_set,
     locate_objects,
+    read_features,
     read_samples,
     score_mentions,
     shift_sentence,
@@ -111,15 +112,15 @@ def diagnose(
     extracted = extract_mentions(answer, extractor, truth) if mentions is None else list(mentions)
     with _timed(seconds, "trace"):
         resampling = read_samples(extractor, generation)
-        trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted, resampling)
+        trace, features = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted, resampling)
     with _timed(seconds, "layers"):
         evolution, attention = _read_layers(adapter, encoded, answer, extracted, notes)
     with _timed(seconds, "regions"):
         tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
         regions = token_regions(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "score"):
-        verdicts, diagnosed = score_mentions(encoded, answer, extracted, columns, detector)
-        shift = shift_sentence(encoded, answer, extracted, columns, detector, picture, extractor)
+        verdicts, diagnosed = score_mentions(encoded, answer, extracted, features, detector)
+        shift = shift_sentence(encoded, answer, extracted, features, detector, picture, extractor)
     logprob = trace.logits.log_softmax(-1)
     return Diagnosis(
         model=adapter.name,
@@ -143,7 +144,7 @@ def diagnose(
         truth=None if truth is None else tuple(truth),
         edit=edit,
         history=encoded.history,
-        seen=locate_objects(extracted, columns, detector),
+        seen=locate_objects(extracted, features.image_tokens, detector),
     )
 
 
@@ -198,7 +199,7 @@ def _trace(
     picture: Image,
     mentions: Sequence[Mention],
     resampling: Resampling,
-) -> tuple[Trace, dict[str, Any]]:
+) -> tuple[Trace, AnswerFeatures]:
     """Trace the answer with relevancy of the scope, and compute the features that the detector reads."""
     # imported here: importing this package imports no torch
     from stethoscope.relevancy import answer_relevancy
@@ -214,12 +215,12 @@ def _trace(
             raise CapabilityError(f"the detector reads features that {adapter.name} does not give: {error}") from None
         notes.append(str(error))
         trace = trace_answers(adapter, [encoded], [answer], requires, [picture], [mentions], resampling)[0]
-    columns: dict[str, Any] = {}
+    values = AnswerFeatures()
     if features is not None and detector is not None:  # in scope row, in which features are defined
-        columns = compute_columns(features, trace, detector, adapter.name)
+        values = read_features(features, trace, detector, adapter.name)
     if scope == "token" and trace.relevancy is not None:
         trace = replace(trace, relevancy=answer_relevancy(adapter, encoded, answer, scope=scope))
-    return trace, columns
+    return trace, values
 
 
 def _read_layers(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError
-from stethoscope.core.token_table import IMAGE_TOKENS, in_half_precision, pack_vectors, reduce_subtokens
+from stethoscope.core.token_table import in_half_precision, pack_vectors, reduce_subtokens
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis.answer_verdicts import feature_set
 from stethoscope.features import FEATURES
@@ -224,14 +224,14 @@ class Scorer:
             self._counted.append((index, math.log1p(index), before))
             seen[ids[index]] = before + 1
 
-    def columns(self, count: int) -> dict[str, Any]:
-        """Return (count,) columns as in the detector's table, with missing values where nothing was computed.
+    @property
+    def image_tokens(self) -> str:
+        """The image tokens as text, with ``imaged`` once a mention was judged; else empty."""
+        return "" if self._image_tokens is None else pack_vectors(self._image_tokens)
 
-        With ``imaged`` also the image tokens, if a mention was judged.
-        """
-        columns: dict[str, Any] = {name: np.full(count, np.nan) for name in self._table}
-        if self._image_tokens is not None:
-            columns[IMAGE_TOKENS] = pack_vectors(self._image_tokens)
+    def columns(self, count: int) -> dict[str, np.ndarray]:
+        """Return (count,) columns as in the detector's table, with missing values where nothing was computed."""
+        columns = {name: np.full(count, np.nan) for name in self._table}
         indices = [index for index in self._rows if index < count]
         if indices:
             rows = np.stack([self._rows[index] for index in indices])

@@ -11,10 +11,11 @@ from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation, Picture, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.answer_verdicts import (
+    AnswerFeatures,
     DiagnosedMention,
-    compute_columns,
     extract_mentions,
     feature_set,
+    read_features,
     read_samples,
     score_mentions,
     shift_sentence,
@@ -121,17 +122,18 @@ def _diagnose_mentions(
     """Extract and score the objects that the finished answer names; say whether the picture is unlike others."""
     answer = streamer.finished_answer()
     named: Any = extract_mentions(answer, extraction)
-    detector, columns = final or streamer.detector, {}
+    detector, features = final or streamer.detector, AnswerFeatures()
     if not named or detector is None:
-        return score_mentions(encoded, answer, named, {}, None)[1], ""
+        return score_mentions(encoded, answer, named, features, None)[1], ""
     if final is None and streamer.scorer is not None:
-        columns = streamer.scorer.columns(len(answer.token_ids))
+        scorer = streamer.scorer
+        features = AnswerFeatures(scorer.columns(len(answer.token_ids)), scorer.image_tokens)
     elif final is not None:
         from stethoscope.tracing.mention_passes import trace_answers
 
-        features = feature_set(final.schema.names)
+        selected = feature_set(final.schema.names)
         resampling = read_samples(extraction, None)
-        trace = trace_answers(adapter, [encoded], [answer], features.requires, [picture], [named], resampling)[0]
-        columns = compute_columns(features, trace, final, adapter.name)
-    shift = shift_sentence(encoded, answer, named, columns, detector, picture, extraction)
-    return score_mentions(encoded, answer, named, columns, detector)[1], shift
+        trace = trace_answers(adapter, [encoded], [answer], selected.requires, [picture], [named], resampling)[0]
+        features = read_features(selected, trace, final, adapter.name)
+    shift = shift_sentence(encoded, answer, named, features, detector, picture, extraction)
+    return score_mentions(encoded, answer, named, features, detector)[1], shift
