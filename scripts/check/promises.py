@@ -256,9 +256,10 @@ def print_splits(options: argparse.Namespace) -> None:
 def main() -> None:
     """Simulate, or read the run and train on its splits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", help="a run directory with tokens.parquet; none simulates")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("run", nargs="?", help="a run directory with tokens.parquet; none simulates")
+    source.add_argument("--draws", type=int, default=200, help="of calibration images, without a run")
     parser.add_argument("--task", default="chair")
-    parser.add_argument("--draws", type=int, default=200, help="of calibration images, without a run")
     parser.add_argument("--splits", type=int, default=100)
     parser.add_argument("--images", type=int, help="calibration images of a split; a fifth by default")
     parser.add_argument("--estimator", default="logistic")

@@ -295,8 +295,9 @@ def main() -> None:
     """Make the runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs")
-    parser.add_argument("--home", type=Path, help="a run to learn from, with the same features; made if not given")
-    parser.add_argument("--home-scenes", type=int, default=3000)
+    home = parser.add_mutually_exclusive_group()
+    home.add_argument("--home", type=Path, help="a run to learn from, with the same features; made if not given")
+    home.add_argument("--home-scenes", type=int, default=3000, help="of the run that is made")
     parser.add_argument("--scenes", type=int, default=400, help="of each shift")
     parser.add_argument("--only", nargs="+", choices=[*SHIFTS, *CHOSEN_ON], default=list(SHIFTS))
     parser.add_argument("--chosen-on", action="store_true", help="also the shifts on which the rule was chosen")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check import slow_tests
+from scripts.check import beaf_causal, few_labels, promises, shift, slow_tests
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 
@@ -174,3 +174,20 @@ def test_slow_tests_begin_with_what_failed_never_ran_or_ran_long_ago():
     files = ["good", "old", "older", "bad", "new"]
     assert slow_tests.order(files, records, "now") == ["bad", "new", "older", "old"]
     assert slow_tests.order(["good"], records, "now+") == ["good"]  # files differ from the commit
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (few_labels, ["runs/a", "--split", "1", "--test", "runs/b"]),
+        (shift, ["runs", "--home", "runs/a", "--home-scenes", "9"]),
+        (promises, ["runs/a", "--draws", "9"]),
+        (beaf_causal, ["--file", "beaf_qna.json", "--scenes", "9"]),
+    ],
+    ids=["few_labels", "shift", "promises", "beaf_causal"],
+)
+def test_options_of_which_only_a_single_one_could_count_exclude_each_other(script, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "not allowed with" in capsys.readouterr().err
