@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 import stethoscope.detection
-from stethoscope.detection.baselines import PositionOnly, TextPrior
+from stethoscope.detection.baselines import NamePrior, PositionOnly, TextPrior
 from stethoscope.detection.caption_objects import ReadCaption, read_caption
 from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.detection.text_only import SHIPPED, TextOnlyDetector
@@ -36,20 +36,6 @@ SCORES = ("position only", "position, repetition, name", "text prior", "text-onl
 METRICS = {"auroc": "AUROC", "auroc_controlled": "position-controlled", "ece": "ECE"}
 PARTS = (0, 20, 40, 60, 80, 120)
 """First words of the parts of an answer in the table of hallucination rates."""
-
-
-class NamePrior(TextPrior):
-    """The text prior without the objects that were named before."""
-
-    def _fit_inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        return self._without_others(super()._fit_inputs(rows), rows)
-
-    def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        return self._without_others(super()._inputs(rows), rows)
-
-    def _without_others(self, inputs: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
-        """Leave out the last columns, those of the other objects."""
-        return inputs[:, : -self._cooccurrence.transform(rows).shape[1]]
 
 
 class Caption(NamedTuple):

@@ -227,8 +227,21 @@ class PositionOnly(_FromKeys):
     columns = ("token",)
 
 
-class TextPrior(_FromKeys):
-    """Position, mention index, repetition, the named object and those named before: all that the text alone reveals.
+class NamePrior(_FromKeys):
+    """Position, mention index, repetition and the named object: what a mention reveals without those before it."""
+
+    columns = ("token", "object", "mention_index", "repeat_index")
+
+    def _fit_inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        self._encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+        return np.hstack([super()._fit_inputs(rows), self._encoder.fit_transform(_categories(rows))])
+
+    def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        return np.hstack([super()._inputs(rows), self._encoder.transform(_categories(rows))])
+
+
+class TextPrior(NamePrior):
+    """The name prior and the objects named before: all that the text alone reveals.
 
     What goes with the objects named before is learned by ``CoOccurrence``, for training rows from other images.
     """
@@ -236,14 +249,11 @@ class TextPrior(_FromKeys):
     columns = ("token", "repeat_index", *COLUMNS)
 
     def _fit_inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        self._encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
         self._cooccurrence = CoOccurrence()
-        steps = (self._encoder.fit_transform(_categories(rows)), self._cooccurrence.fit_transform(rows))
-        return np.hstack([super()._fit_inputs(rows), *steps])
+        return np.hstack([super()._fit_inputs(rows), self._cooccurrence.fit_transform(rows)])
 
     def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        steps = (self._encoder.transform(_categories(rows)), self._cooccurrence.transform(rows))
-        return np.hstack([super()._inputs(rows), *steps])
+        return np.hstack([super()._inputs(rows), self._cooccurrence.transform(rows)])
 
 
 def _position(rows: pd.DataFrame) -> np.ndarray:

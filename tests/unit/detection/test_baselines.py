@@ -7,7 +7,7 @@ import pytest
 from helpers.token_tables import halves, token_table
 
 from stethoscope.core.token_table import mention_rows
-from stethoscope.detection.baselines import SMOOTHING, CoOccurrence, TextPrior, named_before
+from stethoscope.detection.baselines import SMOOTHING, CoOccurrence, NamePrior, TextPrior, named_before
 from stethoscope.metrics import classification
 
 
@@ -110,3 +110,12 @@ def test_the_text_prior_reads_what_was_named_before():
     assert not np.allclose(
         prior.predict(rows.assign(sample_id=rows.index.astype(str)))[dogs], prior.predict(rows)[dogs]
     )
+
+
+def test_the_name_prior_reads_nothing_that_was_named_before():
+    """It differs from the text prior, and not by what else an answer names."""
+    train, test = halves(TABLE)
+    prior, rows = NamePrior().fit(train), mention_rows(test)
+    alone = rows.assign(sample_id=rows.index.astype(str))
+    np.testing.assert_array_equal(prior.predict(alone), prior.predict(rows))
+    assert not np.allclose(prior.predict(rows), TextPrior().fit(train).predict(rows), atol=0.01)
