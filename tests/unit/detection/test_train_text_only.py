@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from scripts import train_text_only as script
@@ -62,21 +61,3 @@ def test_half_of_the_pictures_is_for_development():
     halves = [script.development(str(image)) for image in range(2000)]
     assert 900 < sum(halves) < 1100
     assert halves[:8] == [script.development(str(image)) for image in range(8)]
-
-
-def test_the_name_prior_does_not_see_the_other_objects():
-    """What was named before a cup changes the text prior's probability, and not that of the name prior."""
-    random, rows = np.random.default_rng(0), []
-    for image in range(80):
-        before = random.choice(["oven", "bus"])
-        for token, name in ((3, before), (8, "cup")):
-            label = int(name == "cup" and (before == "bus") ^ (random.random() < 0.2))
-            rows.append((str(image), token, 0, name, token // 8, label))
-    table = pd.DataFrame(rows, columns=["group", "token", "repeat_index", "object", "mention_index", "label"])
-    table = table.assign(task="chair", sample_id=table["group"], is_first_subtoken=True)
-    spreads = {}
-    for prior in (script.NamePrior, script.TextPrior):
-        values = prior().fit(table).predict(table)
-        spreads[prior] = np.ptp(values[table["object"] == "cup"])
-    assert spreads[script.NamePrior] < 1e-9
-    assert spreads[script.TextPrior] > 0.1
