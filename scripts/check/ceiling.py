@@ -17,7 +17,7 @@ shown.
     python scripts/check/ceiling.py runs/detectors --unlabelled runs/more runs/most   # default_verified, other pictures
 
 adds ours as it is when it also learns from the model's replies about the pictures of these runs, whose labels it does
-not read.
+not read; and ``--labels-alone`` ours as it is when it learns from no reply, as the published detectors do.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.core.token_table import feature_names
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.published import available_methods, columns_of, score_published
 from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.features import named_set
@@ -43,7 +44,7 @@ from stethoscope.storage.run_dir import RunStore
 
 SEED = 777  # of the pictures; those that models are judged on have another
 SETS = ("default", "default_relevancy")
-UNLABELLED = "default with unlabelled pictures"
+UNLABELLED, LABELS_ALONE = "default with unlabelled pictures", "default from labels alone"
 SHOWN = ("auroc", "auroc_controlled")
 HELD_OUT = 4  # parts of the objects, each of which is left out once
 
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=8000, help="that the probe learns from")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--unlabelled", nargs="+", default=(), help="runs of other pictures with the model's replies")
+    parser.add_argument("--labels-alone", action="store_true", help="also judge ours without the model's replies")
     options = parser.parse_args()
     torch.manual_seed(0)
     adapter = stethoscope.load("testbed")
@@ -71,7 +73,7 @@ def main() -> None:
         masks = split_folds(table["group"], seed=seed)
         folds = {name: table[mask].reset_index(drop=True) for name, mask in masks.items()}
         print(f"split seed {seed}: {folds['test']['group'].nunique()} test images, {len(folds['test'])} mentions")
-        compare(folds, seed, further)
+        compare(folds, seed, further, options.labels_alone)
 
 
 def mentions(table: pd.DataFrame) -> pd.DataFrame:
@@ -90,9 +92,11 @@ def present(adapter: stethoscope.adapters.base.Adapter, probe: Probe, table: pd.
     return scores[rows, table["object"].map(testbed.CATEGORIES.index)]
 
 
-def compare(folds: Mapping[str, pd.DataFrame], seed: int, further: pd.DataFrame | None = None) -> None:
+def compare(
+    folds: Mapping[str, pd.DataFrame], seed: int, further: pd.DataFrame | None = None, labels_alone: bool = False
+) -> None:
     """Print the metrics of all detectors on the test fold, and the share of the gap that ours close."""
-    sets = SETS if further is None else (*SETS, UNLABELLED)
+    sets = (*SETS, *([UNLABELLED] if further is not None else []), *([LABELS_ALONE] if labels_alone else []))
     test, own = folds["test"], tuple(name for name in feature_names(folds["test"]) if name != "ceiling")
     parts = {name: fold.drop(columns="ceiling") for name, fold in folds.items()}
     selection = {"subtokens": "first", "repeats": "first"}
@@ -103,6 +107,8 @@ def compare(folds: Mapping[str, pd.DataFrame], seed: int, further: pd.DataFrame 
             shared = [column for column in parts["train"] if column in further]  # the other run may have fewer features
             learned = {key: fold[shared] for key, fold in parts.items()}
             learned["train"] = pd.concat([learned["train"], further[shared].assign(label=-1)], ignore_index=True)
+        elif name == LABELS_ALONE:
+            learned = {key: fold.drop(columns=TEACHER) for key, fold in parts.items()}
         detector = Detector(features=columns_of(named_set(name.split()[0]), own), seed=seed)
         detector.fit(learned["train"], learned["calibration"])
         values[f"ours, {name}"] = detector.predict(learned["test"])
