@@ -14,9 +14,11 @@ from transformers import AutoModel, ConvNextModel, LlavaConfig, LlavaForConditio
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
 
+from stethoscope.adapters import tiny
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors.checkpoints import Weight, Weights
 from stethoscope.adapters.authors.processor import (
+    CLIP_STD,
     ImageTokenEncoder,
     ImageTokenProcessor,
     PixelProcessor,
@@ -29,7 +31,8 @@ from stethoscope.adapters.authors.processor import (
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.loading import model_name
 from stethoscope.adapters.prompts import SYSTEMS
-from stethoscope.adapters.question_encoder import pad_to_square
+from stethoscope.adapters.question_encoder import CLIP_MEAN, pad_to_square
+from stethoscope.adapters.tiny.tokenizers import text_sizes
 from stethoscope.core.errors import CapabilityError, ConfigError
 
 if TYPE_CHECKING:
@@ -140,6 +143,9 @@ class ConvLlavaAdapter(HfAdapter):
         config = make_config(text, vision, text.vocab_size)
         return checkpoints.build_skeleton(ConvLlavaForConditionalGeneration, config, dtype, self.name)
 
+    def _tiny(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
+        return tiny.build_from(build_tiny)
+
     def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
         side = round(processor.image_tokens**0.5)
         return ImageTokenEncoder(processor, self.prompt, ((side, side),), self.follow_up)
@@ -149,6 +155,19 @@ class ConvLlavaAdapter(HfAdapter):
         facts = super().fingerprint()  # loads the model, which knows the resolution
         sizes = {"text": dict(self.text or {}), "vision": dict(self.vision or {}), "resolution": self.resolution}
         return facts | {"tower": self.tower and model_name(self.tower), **sizes}
+
+
+def build_tiny() -> tuple[PreTrainedModel, ImageTokenProcessor]:
+    """Build a tiny model: an image of 192 x 192 pixels as 3 x 3 tokens."""
+    from transformers import ConvNextConfig, LlamaConfig
+
+    tokenizer = tiny.llama_tokenizer()
+    text = LlamaConfig(**text_sizes(tokenizer))
+    vision = ConvNextConfig(
+        hidden_sizes=[4, 8, 12, 16, 24], depths=[1, 1, 2, 1, 1], num_stages=5, layer_scale_init_value=0.05
+    )
+    processor = make_processor(tokenizer, text, vision, 192, CLIP_MEAN, CLIP_STD)
+    return ConvLlavaForConditionalGeneration(make_config(text, vision, processor.image_token_id)), processor
 
 
 def make_config(text: LlamaConfig, vision: ConvNextConfig, image_token_id: int) -> ConvLlavaConfig:

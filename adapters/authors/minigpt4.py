@@ -22,6 +22,7 @@ from stethoscope.adapters.authors.processor import (
 )
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.loading import is_folder, model_name, translate_loading_errors
+from stethoscope.adapters.tiny.tokenizers import SIZES, text_sizes
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.tracing.trace import Encoded
 
@@ -185,7 +186,7 @@ class MiniGpt4Adapter(HfAdapter):
         )
 
     def _tiny(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
-        return tiny.build(f"minigpt4-{self.version}")
+        return tiny.build_from(partial(build_tiny, self.version))
 
     def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
         vision, merged = model.config.vision_config, modelling.MERGED_PATCHES
@@ -200,6 +201,21 @@ class MiniGpt4Adapter(HfAdapter):
         heads = {"vision_layers": self.vision_layers, "vision_heads": self.vision_heads}
         heads |= {"qformer_heads": self.qformer_heads} if self.version == "vicuna" else {}
         return super().fingerprint() | {"version": self.version, "sources": names, **heads}
+
+
+def build_tiny(version: str) -> tuple[PreTrainedModel, ImageTokenProcessor]:
+    """Build a tiny model with Vicuna and a Q-Former of six queries, or with Llama 2 and without one."""
+    from transformers import Blip2QFormerConfig, Blip2VisionConfig, LlamaConfig
+
+    tokenizer = tiny.llama_tokenizer()
+    text = LlamaConfig(**text_sizes(tokenizer, num_key_value_heads=SIZES["num_attention_heads"]))
+    image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)
+    size, qformer = 112, None
+    if version == "vicuna":
+        size, qformer = 56, (Blip2QFormerConfig(**{**SIZES, "num_hidden_layers": 4}), 6)
+    vision = Blip2VisionConfig(**SIZES, image_size=size, patch_size=14)
+    cls, config = modelling.build_config(vision, qformer, text, image_token_id)
+    return cls(config), make_processor(config, tokenizer)
 
 
 def make_processor(config: Blip2Config | LlavaConfig, tokenizer: PreTrainedTokenizerBase) -> ImageTokenProcessor:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from stethoscope.adapters import tiny
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors.checkpoints import Weight, Weights
 from stethoscope.adapters.authors.processor import (
+    CLIP_STD,
     ImageTokenEncoder,
     ImageTokenProcessor,
     PixelProcessor,
@@ -18,7 +20,8 @@ from stethoscope.adapters.authors.processor import (
     squash,
 )
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.question_encoder import stretch_to_square
+from stethoscope.adapters.question_encoder import CLIP_MEAN, stretch_to_square
+from stethoscope.adapters.tiny.tokenizers import SIZES, text_sizes
 from stethoscope.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -116,6 +119,9 @@ class MplugOwl2Adapter(HfAdapter):
         dtype = checkpoints.weight_dtype(checkpoints.read_config(self._source, self.loading), self.loading)
         return checkpoints.build_skeleton(MplugOwl2ForConditionalGeneration, config, dtype, self.name)
 
+    def _tiny(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
+        return tiny.build_from(build_tiny)
+
     def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
         return ImageTokenEncoder(processor, self.prompt, follow_up=self.follow_up)
 
@@ -123,6 +129,32 @@ class MplugOwl2Adapter(HfAdapter):
         """See ``Adapter.fingerprint``."""
         sizes = {"text": self.text, "vision": self.vision, "abstractor": self.abstractor}
         return super().fingerprint() | {name: dict(chosen or {}) for name, chosen in sizes.items()}
+
+
+def build_tiny() -> tuple[PreTrainedModel, ImageTokenProcessor]:
+    """Build a tiny model: 4 x 4 patches, read by 5 queries."""
+    from transformers import CLIPVisionConfig, LlamaConfig
+
+    from stethoscope.adapters.authors.mplug_owl2_model import (
+        MplugOwl2AbstractorConfig,
+        MplugOwl2Config,
+        MplugOwl2ForConditionalGeneration,
+    )
+
+    tokenizer = tiny.llama_tokenizer()
+    width = SIZES["hidden_size"]
+    abstractor = MplugOwl2AbstractorConfig(
+        num_learnable_queries=5, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, hidden_size=width,
+        encoder_hidden_size=width, grid_size=4,
+    )  # fmt: skip
+    config = MplugOwl2Config(
+        text_config=LlamaConfig(**text_sizes(tokenizer)),
+        vision_config=CLIPVisionConfig(**SIZES, image_size=56, patch_size=14, layer_norm_eps=1e-6),
+        abstractor_config=abstractor,
+    )
+    check_config(config)
+    processor = make_processor(tokenizer, config, CLIP_MEAN, CLIP_STD)
+    return MplugOwl2ForConditionalGeneration(config), processor
 
 
 def _abstractor_config(config: MplugOwl2Config) -> MplugOwl2AbstractorConfig:

@@ -7,7 +7,7 @@ Weights have a large variance, so that attention is far from uniform.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -18,7 +18,9 @@ from stethoscope.core.errors import CapabilityError, unknown
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-__all__ = ["FAMILIES", "build", "llama_tokenizer"]
+__all__ = ["FAMILIES", "build", "build_from", "llama_tokenizer"]
+
+Processor = TypeVar("Processor", bound="ProcessorMixin")
 
 _STD = 0.25
 
@@ -39,12 +41,9 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "blip-2-t5": qformer_families.blip2_t5,
     "instructblip-vicuna": qformer_families.instructblip_vicuna,
     "instructblip-t5": qformer_families.instructblip_t5,
-    "convllava": decoder_families.convllava,
-    "mplug_owl2": decoder_families.mplug_owl2,
-    "minigpt4-vicuna": decoder_families.minigpt4_vicuna,
-    "minigpt4-llama2": decoder_families.minigpt4_llama2,
 }
-"""Builders by ``family``: transformers' ``model_type``, or a name of ours."""
+"""Builders by ``family``: transformers' ``model_type``, or a name of ours. Those of families that transformers lacks
+stand beside their adapters."""
 
 
 def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -59,9 +58,21 @@ def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     if str(family) not in FAMILIES:
         raise CapabilityError(unknown("family for random_init=tiny", str(family), FAMILIES))
+    return build_from(FAMILIES[family], seed)
+
+
+def build_from(
+    make: Callable[[], tuple[PreTrainedModel, Processor]], seed: int = 0
+) -> tuple[PreTrainedModel, Processor]:
+    """Build a model and its processor by a function, and give it random weights and evaluation mode.
+
+    Args:
+        make: builds both.
+        seed: seed of the weights.
+    """
     with torch.random.fork_rng(devices=[]):  # transformers draws the parameters that are not drawn below
         torch.manual_seed(seed)
-        model, processor = FAMILIES[family]()
+        model, processor = make()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 or name.endswith(("class_embedding", "image_newline")):

@@ -27,7 +27,7 @@ from stethoscope.evaluation.pipeline import TRACE_BATCH
 from stethoscope.evaluation.state import RunState
 from stethoscope.features import FeatureSet, named_set
 from stethoscope.features.registry import compute_columns
-from stethoscope.loggers.base import Loggers
+from stethoscope.loggers.combined import Loggers
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.tokens import TokenFiles, TokenRows, token_tables
 from stethoscope.tasks.chair import Chair

@@ -164,7 +164,7 @@ def _sitting(
     from stethoscope import Evaluator
     from stethoscope.core.types import Generation
     from stethoscope.evaluation.callbacks import Callback, Progress, SampleTable, SaveHeatmaps, Timing
-    from stethoscope.loggers.base import Loggers
+    from stethoscope.loggers.combined import Loggers
     from stethoscope.loggers.wandb import WandbLogger
 
     texts: list[str] = []

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import RunState
-    from stethoscope.loggers.base import Loggers
+    from stethoscope.loggers.combined import Loggers
     from stethoscope.storage.logged_answers import AnswerLog
     from stethoscope.storage.records import Record
     from stethoscope.tasks.base import Task
@@ -127,7 +127,8 @@ def loggers_of(config: DictConfig) -> Iterator[Loggers]:
 
     The evaluator starts them, once the run directory has been accepted, and adds the file of events.
     """
-    from stethoscope.loggers.base import Logger, Loggers
+    from stethoscope.loggers.base import Logger
+    from stethoscope.loggers.combined import Loggers
 
     settings = run_settings(config)
     labels = [name for group in ("model", "task", "features", "detector") if (name := settings["choices"].get(group))]

@@ -176,7 +176,8 @@ class Sweep:
         nodes = next((job.logger for job in jobs if job.logger), None)
         if nodes is None:
             return
-        from stethoscope.loggers.base import Logger, Loggers
+        from stethoscope.loggers.base import Logger
+        from stethoscope.loggers.combined import Loggers
 
         own = {"job_type": "sweep", "name": self.name}
         plugins = sorted({name for job in jobs for name in job.plugins})

@@ -14,7 +14,8 @@ from stethoscope.evaluation.distributed import MEETING_MINUTES
 from stethoscope.evaluation.pipeline import Features, SamplePipeline
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.evaluation.session import RunSession
-from stethoscope.loggers.base import Logger, Loggers
+from stethoscope.loggers.base import Logger
+from stethoscope.loggers.combined import Loggers
 from stethoscope.storage.logged_answers import AnswerLog
 from stethoscope.storage.run_dir import Overwrite
 

@@ -18,7 +18,7 @@ from stethoscope.evaluation.joined_answers import TAG, shorten
 
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
-    from stethoscope.storage.logged_answers import LoggedAnswer
+    from stethoscope.storage.log_values import LoggedAnswer
     from stethoscope.storage.records import Record
     from stethoscope.tracing.trace import Encoded
 

@@ -11,7 +11,8 @@ from stethoscope.core.errors import DataError
 from stethoscope.core.types import Sample
 
 if TYPE_CHECKING:
-    from stethoscope.storage.logged_answers import AnswerLog, LoggedAnswer
+    from stethoscope.storage.log_values import LoggedAnswer
+    from stethoscope.storage.logged_answers import AnswerLog
 
 _COCO_IMAGE = re.compile(r"(?:COCO_\w+_)?0*(\d+)(?:\.(?:jpg|png))?")
 TAG = re.compile(r"<[^<>\s]{1,40}>")  # special tokens and image placeholders, which engines write in their own ways

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from stethoscope.evaluation.session import RunSession
     from stethoscope.mitigation.base import EditedAnswer
-    from stethoscope.storage.logged_answers import LoggedAnswer
+    from stethoscope.storage.log_values import LoggedAnswer
     from stethoscope.tracing.trace import Encoded, Trace
 
 CHANGED = "changed since it was asked: "

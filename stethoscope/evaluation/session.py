@@ -23,7 +23,7 @@ from stethoscope.evaluation.pipeline import SamplePipeline
 from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.evaluation.selection import load_samples, recorded_samples, select_samples
 from stethoscope.evaluation.state import RunState, describe_failure
-from stethoscope.loggers.base import Loggers
+from stethoscope.loggers.combined import Loggers
 from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.mitigation.base import DetectorMitigation
 from stethoscope.storage.lock import RunLock

@@ -13,7 +13,7 @@ from stethoscope.core.types import Sample
 from stethoscope.evaluation.distributed import DistributedState, current_state
 from stethoscope.evaluation.given_answers import count_given
 from stethoscope.evaluation.joined_answers import JoinedAnswers
-from stethoscope.loggers.base import Loggers
+from stethoscope.loggers.combined import Loggers
 from stethoscope.storage.records import FAILED, Record
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.base import Task

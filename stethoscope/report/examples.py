@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from PIL.Image import Image
 
-    from stethoscope.loggers.base import Loggers
+    from stethoscope.loggers.combined import Loggers
     from stethoscope.storage.records import Record
 
 CONTEXT = 240  # characters of the answer on either side of a mention

@@ -13,12 +13,14 @@ from stethoscope.core.errors import CapabilityError, DataError, first_line
 from stethoscope.core.json_rows import clipped, read_json, read_rows, read_text, shown
 from stethoscope.storage.inspect_logs import check_sizes, open_archive, read_inspect
 from stethoscope.storage.log_values import (
+    Contents,
+    LoggedAnswer,
     error_line,
+    logged_answer,
     row_number,
     sample_id,
     with_reasoning,
 )
-from stethoscope.storage.logged_answers import Contents, LoggedAnswer, logged_answer
 from stethoscope.storage.server_logs import read_llama_cpp, read_openai_batch
 
 _FAILED = "Failed to obtain answer"  # VLMEvalKit writes it in the place of an answer

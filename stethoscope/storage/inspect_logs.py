@@ -13,14 +13,16 @@ from typing import Any
 from stethoscope.core.errors import DataError, first_line
 from stethoscope.core.json_rows import clipped, read_json, shown
 from stethoscope.storage.log_values import (
+    Contents,
+    LoggedAnswer,
     error_line,
     is_finished,
+    logged_answer,
     logprob_list,
     objects,
     sample_id,
     with_reasoning,
 )
-from stethoscope.storage.logged_answers import Contents, LoggedAnswer, logged_answer
 
 LARGEST_ENTRY, LARGEST_LOG = 2**28, 2**31
 """Most bytes that one file of an archive, and all that are read of it together, may unpack to."""

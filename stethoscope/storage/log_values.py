@@ -1,10 +1,11 @@
-"""Check and translate single values of logged answers: ids, token ids, log-probabilities, reasoning, names."""
+"""Hold the answers of a log, and check and translate their values: ids, token ids, log-probabilities, reasoning."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from stethoscope.core.errors import DataError
@@ -16,6 +17,69 @@ _LARGEST_ID, _LOWEST = 2**31 - 1, 1e300
 _ROUNDING = 1e-3  # a log-probability of 0 in half precision may come out just above it
 _REASONING = re.compile(r"<(think|thinking|reasoning|analysis)>.*?(?:</\1>|\Z)", re.DOTALL)
 _UNOPENED = re.compile(r"</(?:think|thinking|reasoning|analysis)>")
+
+
+@dataclass(frozen=True)
+class LoggedAnswer:
+    """One answer of a log.
+
+    Attributes:
+        text: the answer with its reasoning; empty where the log holds none.
+        id: of the sample, as text; None where the log numbers its rows only.
+        row: of the data set's split, from 0; None where the log names samples by id only.
+        question: asked of the model, without the chat template; None if not logged.
+        token_ids: of the answer, as the engine counts them; an end-of-sequence id may be the last. None if not logged.
+        logprobs: natural logarithms of the probabilities of the answer's tokens, at most 0. None if not logged.
+        prompt: the whole prompt with its chat template; None if not logged.
+        prompt_token_ids: of the prompt; image placeholders are the engine's. None if not logged.
+        reasoning: (start, end) character spans of ``text`` that are reasoning and no answer, with their tags.
+        finished: False if the answer was cut at the limit of tokens, True if the model ended it, None if not logged.
+        error: one line on why the log holds no answer; empty if it does.
+        origin: file and line, for messages.
+    """
+
+    text: str
+    id: str | None = None
+    row: int | None = None
+    question: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    reasoning: tuple[tuple[int, int], ...] = ()
+    finished: bool | None = None
+    error: str = ""
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the reader of a format returns: answers, what is known of their origin, and notes, as in ``AnswerLog``."""
+
+    answers: list[LoggedAnswer]
+    engine: str = ""
+    model: str = ""
+    revision: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def logged_answer(text: Any, origin: str, error: str = "", **values: Any) -> LoggedAnswer:
+    """Build an answer: check its text and lengths, find its reasoning, and give an empty one its ``error``.
+
+    Raises:
+        DataError: the text is no text, or there are not as many log-probabilities as token ids.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{origin}: answer {shown(text)} is no text")
+    ids, logprobs = values.get("token_ids"), values.get("logprobs")
+    if ids is not None and logprobs is not None and len(ids) != len(logprobs):
+        raise DataError(
+            f"{origin}: {len(ids)} token ids but {len(logprobs)} log-probabilities; one for each token was expected"
+        )
+    values.setdefault("reasoning", reasoning_spans(text))
+    if not error and not text.strip():
+        error = "the answer is empty"
+    return LoggedAnswer(text, error=error, origin=origin, **values)
 
 
 def reasoning_spans(text: str) -> tuple[tuple[int, int], ...]:

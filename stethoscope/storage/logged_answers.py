@@ -1,4 +1,4 @@
-"""Read answers that were written elsewhere: the record of an answer, our own JSON lines, detection of formats."""
+"""Read answers that were written elsewhere: recognise the format of a log, and read our own JSON lines."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 
 from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
 from stethoscope.core.json_rows import clipped, read_rows, read_text, shown
+from stethoscope.storage.foreign_logs import READERS
 from stethoscope.storage.log_values import (
+    Contents,
+    LoggedAnswer,
     Names,
     error_line,
     int_list,
     is_finished,
     keys_of,
+    logged_answer,
     logprob_list,
-    reasoning_spans,
     row_number,
     sample_id,
     text_or_none,
@@ -27,39 +30,6 @@ from stethoscope.storage.log_values import (
 FORMATS = ("jsonl", "lmms_eval", "vlmevalkit", "lm_eval", "inspect", "openai_batch", "llama_cpp")
 
 _KNOWN = "which is no log that is known; answers.format is one of " + ", ".join(FORMATS)
-
-
-@dataclass(frozen=True)
-class LoggedAnswer:
-    """One answer of a log.
-
-    Attributes:
-        text: the answer with its reasoning; empty where the log holds none.
-        id: of the sample, as text; None where the log numbers its rows only.
-        row: of the data set's split, from 0; None where the log names samples by id only.
-        question: asked of the model, without the chat template; None if not logged.
-        token_ids: of the answer, as the engine counts them; an end-of-sequence id may be the last. None if not logged.
-        logprobs: natural logarithms of the probabilities of the answer's tokens, at most 0. None if not logged.
-        prompt: the whole prompt with its chat template; None if not logged.
-        prompt_token_ids: of the prompt; image placeholders are the engine's. None if not logged.
-        reasoning: (start, end) character spans of ``text`` that are reasoning and no answer, with their tags.
-        finished: False if the answer was cut at the limit of tokens, True if the model ended it, None if not logged.
-        error: one line on why the log holds no answer; empty if it does.
-        origin: file and line, for messages.
-    """
-
-    text: str
-    id: str | None = None
-    row: int | None = None
-    question: str | None = None
-    token_ids: tuple[int, ...] | None = None
-    logprobs: tuple[float, ...] | None = None
-    prompt: str | None = None
-    prompt_token_ids: tuple[int, ...] | None = None
-    reasoning: tuple[tuple[int, int], ...] = ()
-    finished: bool | None = None
-    error: str = ""
-    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,17 +57,6 @@ class AnswerLog:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What the reader of a format returns: answers, what is known of their origin, and notes, as in ``AnswerLog``."""
-
-    answers: list[LoggedAnswer]
-    engine: str = ""
-    model: str = ""
-    revision: str = ""
-    notes: tuple[str, ...] = ()
-
-
 def read_answers(path: Path, format: str = "auto") -> AnswerLog:
     """Read a log of answers.
 
@@ -111,8 +70,6 @@ def read_answers(path: Path, format: str = "auto") -> AnswerLog:
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(unknown("answers.format", str(format), ("auto", *FORMATS)))
-    from stethoscope.storage.foreign_logs import READERS  # builds on this module
-
     path = _single_file(Path(path))
     taken = detect_format(path) if format == "auto" else format
     contents = READERS[taken](path) if taken in READERS else read_own_lines(path)
@@ -284,22 +241,3 @@ def _of_run(row: Mapping[str, Any]) -> dict[str, Any]:
         "finish_reason": {"True": "stop", "False": "length"}.get(str(answer.get("finished"))),
         "error": row.get("error"),
     }
-
-
-def logged_answer(text: Any, origin: str, error: str = "", **values: Any) -> LoggedAnswer:
-    """Build an answer: check its text and lengths, find its reasoning, and give an empty one its ``error``.
-
-    Raises:
-        DataError: the text is no text, or there are not as many log-probabilities as token ids.
-    """
-    if not isinstance(text, str):
-        raise DataError(f"{origin}: answer {shown(text)} is no text")
-    ids, logprobs = values.get("token_ids"), values.get("logprobs")
-    if ids is not None and logprobs is not None and len(ids) != len(logprobs):
-        raise DataError(
-            f"{origin}: {len(ids)} token ids but {len(logprobs)} log-probabilities; one for each token was expected"
-        )
-    values.setdefault("reasoning", reasoning_spans(text))
-    if not error and not text.strip():
-        error = "the answer is empty"
-    return LoggedAnswer(text, error=error, origin=origin, **values)

@@ -10,11 +10,14 @@ from typing import Any
 from stethoscope.core.errors import DataError
 from stethoscope.core.json_rows import read_rows, shown
 from stethoscope.storage.log_values import (
+    Contents,
+    LoggedAnswer,
     Names,
     error_line,
     int_list,
     is_finished,
     keys_of,
+    logged_answer,
     logprob_list,
     objects,
     row_number,
@@ -22,7 +25,6 @@ from stethoscope.storage.log_values import (
     text_or_none,
     with_reasoning,
 )
-from stethoscope.storage.logged_answers import Contents, LoggedAnswer, logged_answer
 
 _REQUEST_FILES, _HEAD = 50, 2**16  # files beside a batch's output that are looked at; their first bytes
 

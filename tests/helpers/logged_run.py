@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from stethoscope.loggers.base import Logger, Loggers, Marked, TablePicture
+from stethoscope.loggers.base import Logger, Marked, TablePicture
+from stethoscope.loggers.combined import Loggers
 
 SETTINGS = {"seed": 3, "choices": {"detector": "logistic"}, "hub_token": "hf_secret", "sets": ["fast", "full"]}
 FINALS = {"detector/auroc": 0.875, "baseline/position/auroc": 0.625}

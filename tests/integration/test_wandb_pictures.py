@@ -16,7 +16,8 @@ from PIL import Image
 from stethoscope.core.errors import ConfigError
 from stethoscope.evaluation.callbacks import SampleTable
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.loggers.base import Logger, Loggers, Marked, TablePicture
+from stethoscope.loggers.base import Logger, Marked, TablePicture
+from stethoscope.loggers.combined import Loggers
 from stethoscope.loggers.file_loggers import JsonLogger
 from stethoscope.loggers.wandb import WandbLogger
 from stethoscope.report import curves

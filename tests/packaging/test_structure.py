@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def module_name(path: Path) -> str:
     return ".".join(relative.parts[1:] if relative.parts[0] == "stethoscope" else relative.parts)
 
 
+@cache
 def imports(path: Path) -> list[str]:
     """Names of all that a file imports from ``stethoscope``, but for annotations alone; without ``stethoscope``."""
     tree = ast.parse(path.read_text())
@@ -65,6 +67,23 @@ def test_imports_follow_the_order(path):
         if other in FAMILIES and package not in FAMILIES:
             shared = {".".join(name.split(".")[:2]), ".".join(name.split(".")[:3])} & SHARED
             assert shared, f"{module} imports stethoscope.{name}; only configuration names a model or a task"
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    """Nor in functions: who reads one of the modules would have to read all of them."""
+    modules, sorter = {module_name(path) for path in FILES}, TopologicalSorter()
+    for path in FILES:
+        for name in imports(path):
+            parts = name.split(".")
+            prefixes = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+            imported = next((module for prefix in prefixes for module in (prefix, f"{prefix}.__init__")
+                             if module in modules), None)  # fmt: skip
+            if imported not in (None, module_name(path)):
+                sorter.add(module_name(path), imported)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' <- '.join(error.args[1])}")
 
 
 def test_no_two_modules_have_one_name():

@@ -3,7 +3,8 @@ import pytest
 from stethoscope.commands.common import log_detector, logger_settings
 from stethoscope.core.component import compose
 from stethoscope.detection.detector_results import Leaderboard, LeaderboardRow
-from stethoscope.loggers.base import Logger, Loggers
+from stethoscope.loggers.base import Logger
+from stethoscope.loggers.combined import Loggers
 from stethoscope.metrics.bootstrap import Interval
 
 WANDB, CSV = "stethoscope.loggers.wandb.WandbLogger", "stethoscope.loggers.file_loggers.CsvLogger"

@@ -24,7 +24,8 @@ from stethoscope.evaluation.given_answers import (
 from stethoscope.evaluation.joined_answers import JoinedAnswers
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.mitigation.decoding import NoiseContrast
-from stethoscope.storage.logged_answers import AnswerLog, LoggedAnswer
+from stethoscope.storage.log_values import LoggedAnswer
+from stethoscope.storage.logged_answers import AnswerLog
 from stethoscope.storage.run_dir import RunStore
 
 

@@ -9,7 +9,8 @@ from helpers.wandb_reader import read
 from stethoscope.core.errors import ConfigError
 from stethoscope.evaluation.callbacks import SampleTable, Timing
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.loggers.base import Logger, Loggers
+from stethoscope.loggers.base import Logger
+from stethoscope.loggers.combined import Loggers
 from stethoscope.loggers.file_loggers import JsonLogger
 from stethoscope.loggers.wandb import WandbLogger
 

@@ -5,6 +5,7 @@ import torch
 from helpers import brute_force, zoo
 
 from stethoscope.adapters import tiny
+from stethoscope.adapters.authors import mplug_owl2
 from stethoscope.core.errors import CapabilityError
 from stethoscope.relevancy import relevancy_from_inputs
 from stethoscope.relevancy.backward_pass import QueryRelevancy
@@ -21,7 +22,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def owl():
     """Tiny mPLUG-Owl2 and inputs: 5 queries and the learned token between words, then the answer."""
-    model, processor = tiny.build("mplug_owl2")
+    model, processor = tiny.build_from(mplug_owl2.build_tiny)
     assert processor.image_tokens == QUERIES + 1
     ids = [1, 5, 6, *[processor.image_token_id] * processor.image_tokens, 7, 8, 9, *zoo.ANSWER]
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
