@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,7 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError, ConfigError, wrong_type
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis import render
-from stethoscope.diagnosis.answer_verdicts import DiagnosedMention, TokenVerdict, rounded
+from stethoscope.diagnosis.answer_verdicts import DiagnosedMention, TokenVerdict
 from stethoscope.relevancy.heatmaps import OPACITY, heat, image_token_tiles, overlay, relevancy_tiles
 from stethoscope.tracing.token_spans import Box, TokenRegions
 
@@ -23,45 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from stethoscope.diagnosis.layers_pass import AttentionMaps
+    from stethoscope.diagnosis.layers_pass import AttentionMaps, LensTrajectory
     from stethoscope.relevancy import Relevancy
-
-CONTRIBUTIONS = ("sum", "max", "mean")
-SHARES = ("image", "question", "answer", "rest")
-_FLOOR = 1e-9  # below the resolution of float32; the features of the same name have the same floor
-
-
-@dataclass(frozen=True, eq=False)
-class LensTrajectory:
-    """Predictions of every layer, decoded by the model's own final norm and head (logit lens).
-
-    Attributes:
-        top_tokens: T x L x k texts of the most probable tokens, best first.
-        probabilities: (T, L, k) float32, of ``top_tokens``, in [0, 1].
-        rank: (T, L) int64, rank of the answer's token, 0 for the most probable.
-        logprob: (T, L) float32, natural-log probability of the answer's token, at most 0.
-        answer_tokens: T texts of the answer's tokens, decoded one by one like ``top_tokens``.
-    """
-
-    top_tokens: tuple[tuple[tuple[str, ...], ...], ...]
-    probabilities: np.ndarray
-    rank: np.ndarray
-    logprob: np.ndarray
-    answer_tokens: tuple[str, ...]
-
-    def to_list(self, token: int) -> list[dict[str, Any]]:
-        """Convert the layers of one token to JSON-able dictionaries."""
-        return [
-            {
-                "rank": int(self.rank[token, layer]),
-                "probability": rounded(float(np.exp(self.logprob[token, layer]))),
-                "top": [
-                    {"word": text, "probability": rounded(float(probability))}
-                    for text, probability in zip(texts, self.probabilities[token, layer], strict=True)
-                ],
-            }
-            for layer, texts in enumerate(self.top_tokens[token])
-        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +54,7 @@ class Diagnosis:
         truth: names of the objects that the picture shows; None where not known. Mentions have labels.
         history: earlier questions about the picture with their answers, which the prompt holds; the oldest first.
         seen: by object that the answer names, (N,) how probable each image token alone makes it that the picture shows
-            it, to the detector (``Detector.locate``); empty if that reads no image tokens.
+            it, to the detector (``Design.locate``); empty if that reads no image tokens.
     """
 
     model: str
@@ -160,15 +122,15 @@ class Diagnosis:
                 values[list(mention.tokens)] = mention.verdict.probability
         return values
 
-    @cached_property
+    @property
     def shares(self) -> dict[str, np.ndarray]:
-        """Compute (T, L) shares of the relevancy on ``image``, ``question``, earlier ``answer`` and ``rest``."""
-        return shares(self._relevancy)
+        """Shares of the relevancy, see ``Relevancy.shares``."""
+        return self._relevancy.shares
 
-    @cached_property
+    @property
     def contributions(self) -> dict[str, np.ndarray]:
-        """Compute (T, L) visual contribution log(R_image / R_text), by ``sum``, ``max`` and ``mean``."""
-        return contributions(self._relevancy)
+        """Visual contributions, see ``Relevancy.contributions``."""
+        return self._relevancy.contributions
 
     @property
     def _relevancy(self) -> Relevancy:
@@ -262,11 +224,7 @@ class Diagnosis:
         """
         if self.attention is None:
             raise CapabilityError("; ".join(self.notes) or f"{self.model} gives no raw attention")
-        if self.token_regions is None or not self.token_regions.grids:
-            raise CapabilityError(f"{self.model}: its image tokens are no grid over the picture; read `attention`")
-        values = self.attention.to_image(token, layer, head).numpy()
-        tiles, boxes = image_token_tiles(values, self.token_regions)
-        return heat(tiles, boxes, self.image.size, shape or (self.image.height, self.image.width))
+        return self._spread(self.attention.to_image(token, layer, head).numpy(), shape, "attention")
 
     def seen_map(self, name: str, shape: tuple[int, int] | None = None) -> np.ndarray:
         """Spread where the detector sees an object over the image, as ``heat_map`` does relevancy.
@@ -284,11 +242,15 @@ class Diagnosis:
         """
         if name not in self.seen:
             raise CapabilityError(f"the detector does not look for {name!r} in image tokens, {sorted(self.seen)} only")
-        if self.token_regions is None or not self.token_regions.grids:
-            raise CapabilityError(f"{self.model}: its image tokens are no grid over the picture; read `seen`")
-        tiles, boxes = image_token_tiles(self.seen[name], self.token_regions)
-        spread = heat(tiles, boxes, self.image.size, shape or (self.image.height, self.image.width))
+        spread = self._spread(self.seen[name], shape, "seen")
         return spread * (self.seen[name].max() / max(spread.max(), 1e-12))
+
+    def _spread(self, values: np.ndarray, shape: tuple[int, int] | None, name: str) -> np.ndarray:
+        """Spread (N,) values of image tokens over the image; ``name`` is that of the attribute that has them all."""
+        if self.token_regions is None or not self.token_regions.grids:
+            raise CapabilityError(f"{self.model}: its image tokens are no grid over the picture; read `{name}`")
+        tiles, boxes = image_token_tiles(values, self.token_regions)
+        return heat(tiles, boxes, self.image.size, shape or (self.image.height, self.image.width))
 
     def regions(self, token: int, count: int = 3, layer: int = -1) -> list[tuple[Box, float]]:
         """List the image regions that are most relevant to a token, best first.
@@ -433,32 +395,3 @@ class Diagnosis:
 
 def _as_list(values: np.ndarray) -> list[float]:
     return [float(f"{value:.5g}") for value in values.tolist()]
-
-
-def contributions(relevancy: Relevancy) -> dict[str, np.ndarray]:
-    """Compute the visual contribution log(R_image / R_text); text is the question and the earlier answer.
-
-    The features ``visual_contribution_*`` are its last layer.
-
-    Returns:
-        (T, L) float64 for each of ``CONTRIBUTIONS``: from sums, largest values and means over tokens. Above 0, the
-        image is more relevant than the text.
-    """
-    image = relevancy.image.double().numpy()
-    text = np.concatenate([relevancy.question.double().numpy(), relevancy.answer.double().numpy()], -1)
-    before = relevancy.question.shape[-1] + np.array(relevancy.tokens)
-    pairs = {
-        "sum": (image.sum(-1), text.sum(-1)),
-        "max": (image.max(-1), text.max(-1)),
-        "mean": (image.mean(-1), text.sum(-1) / np.maximum(before, 1)[:, None]),
-    }
-    return {
-        name: np.log(of_image.clip(min=_FLOOR) / of_text.clip(min=_FLOOR))
-        for name, (of_image, of_text) in pairs.items()
-    }
-
-
-def shares(relevancy: Relevancy) -> dict[str, np.ndarray]:
-    """Compute (T, L) shares of the row's relevancy, in [0, 1], by ``SHARES``; they add up to 1."""
-    total = relevancy.total.numpy().clip(min=1e-12)
-    return {name: getattr(relevancy, name).sum(-1).numpy() / total for name in SHARES}

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.core.types import Answer, required
-from stethoscope.diagnosis.diagnosis import LensTrajectory
+from stethoscope.diagnosis.answer_verdicts import rounded
 from stethoscope.relevancy.result import read_layout
 from stethoscope.tracing.attention_recorder import logits_to_keep
 from stethoscope.tracing.hooks import AttentionRecorder, record
@@ -31,6 +32,39 @@ if TYPE_CHECKING:
 
 HEAD_BYTES = 2**28
 """Bytes of the maps of single heads that are held for one answer: those of 113 tokens of LLaVA-1.5-7B."""
+
+
+@dataclass(frozen=True, eq=False)
+class LensTrajectory:
+    """Predictions of every layer, decoded by the model's own final norm and head (logit lens).
+
+    Attributes:
+        top_tokens: T x L x k texts of the most probable tokens, best first.
+        probabilities: (T, L, k) float32, of ``top_tokens``, in [0, 1].
+        rank: (T, L) int64, rank of the answer's token, 0 for the most probable.
+        logprob: (T, L) float32, natural-log probability of the answer's token, at most 0.
+        answer_tokens: T texts of the answer's tokens, decoded one by one like ``top_tokens``.
+    """
+
+    top_tokens: tuple[tuple[tuple[str, ...], ...], ...]
+    probabilities: np.ndarray
+    rank: np.ndarray
+    logprob: np.ndarray
+    answer_tokens: tuple[str, ...]
+
+    def to_list(self, token: int) -> list[dict[str, Any]]:
+        """Convert the layers of one token to JSON-able dictionaries."""
+        return [
+            {
+                "rank": int(self.rank[token, layer]),
+                "probability": rounded(float(np.exp(self.logprob[token, layer]))),
+                "top": [
+                    {"word": text, "probability": rounded(float(probability))}
+                    for text, probability in zip(texts, self.probabilities[token, layer], strict=True)
+                ],
+            }
+            for layer, texts in enumerate(self.top_tokens[token])
+        ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from stethoscope.diagnosis.answer_verdicts import (
     score_mentions,
     shift_sentence,
 )
-from stethoscope.diagnosis.diagnosis import Diagnosis, LensTrajectory
+from stethoscope.diagnosis.diagnosis import Diagnosis
 from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.tasks.extraction import Extraction, as_extraction
 from stethoscope.tasks.object_extraction import MentionExtractor
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
-    from stethoscope.diagnosis.layers_pass import AttentionMaps
+    from stethoscope.diagnosis.layers_pass import AttentionMaps, LensTrajectory
     from stethoscope.evaluation.edit_answers import EditedAnswer
     from stethoscope.tracing.mention_passes import Resampling
     from stethoscope.tracing.trace import Encoded, Trace

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 from stethoscope.core.errors import CapabilityError, DataError
 from stethoscope.core.text import counted
 from stethoscope.tracing.attention_recorder import logits_to_keep
+
+LEAST = 1e-9  # relevancy of which a logarithm is taken: below the resolution of float32
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,32 @@ class Relevancy:
     def total(self) -> Tensor:
         """(T, L) sum of the row: of image, question, answer and rest."""
         return self._sequence.sum(-1)
+
+    @cached_property
+    def shares(self) -> dict[str, np.ndarray]:
+        """(T, L) shares of the row, in [0, 1]: on ``image``, ``question``, earlier ``answer`` and ``rest``."""
+        total = self.total.numpy().clip(min=1e-12)
+        return {name: getattr(self, name).sum(-1).numpy() / total for name in ("image", "question", "answer", "rest")}
+
+    @cached_property
+    def contributions(self) -> dict[str, np.ndarray]:
+        """(T, L) visual contribution log(R_image / R_text), by ``sum``, ``max`` and ``mean`` over tokens.
+
+        Text is the question and the earlier answer. Above 0, the image is more relevant. The features
+        ``visual_contribution_*`` are its last layer.
+        """
+        image = self.image.double().numpy()
+        text = np.concatenate([self.question.double().numpy(), self.answer.double().numpy()], -1)
+        before = self.question.shape[-1] + np.array(self.tokens)
+        pairs = {
+            "sum": (image.sum(-1), text.sum(-1)),
+            "max": (image.max(-1), text.max(-1)),
+            "mean": (image.mean(-1), text.sum(-1) / np.maximum(before, 1)[:, None]),
+        }
+        return {
+            name: np.log(of_image.clip(min=LEAST) / of_text.clip(min=LEAST))
+            for name, (of_image, of_text) in pairs.items()
+        }
 
     @cached_property
     def _sequence(self) -> Tensor:
