@@ -14,7 +14,6 @@ from stethoscope.commands.common import (
     check_answer_files,
     fractions,
     keep_detector,
-    log_detector,
     loggers_of,
     report_failures,
     require_model,
@@ -40,7 +39,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.detection.published import check_sets
     from stethoscope.detection.training import fit
     from stethoscope.evaluation.edit_answers import try_features
-    from stethoscope.report.examples import log_detector_files
+    from stethoscope.report.examples import log_detector, log_detector_files
     from stethoscope.report.metrics_tables import print_answer, print_detector, print_results
     from stethoscope.storage.run_dir import DETECTOR, RunStore
     from stethoscope.tasks.base import Task

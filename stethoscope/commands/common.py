@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation, Sample
     from stethoscope.detection.detector import Detector
-    from stethoscope.detection.detector_results import DetectorResults
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import RunState
@@ -397,30 +396,3 @@ def keep_detector(
             f"{folder / 'detector'} was made with other settings ({describe(changes)}); set overwrite=true to replace "
             "it, or choose another folder for the new one"
         )
-
-
-def log_detector(loggers: Loggers, results: DetectorResults) -> None:
-    """Log the figures of the leader board, one by one but for single features, and as a table with a row each.
-
-    The main detector's are ``detector/<metric>``, others' ``<kind>/<name>/<metric>``: ``baseline/position/auroc``. An
-    undefined value is left out, and empty in the table.
-    """
-    rows = [
-        (row, {metric: interval.to_dict() for metric, interval in row.metrics.items()})  # None where not defined
-        for row in results.leaderboard.rows
-    ]
-    figures: dict[str, float | None] = {}
-    for row, metrics in rows:
-        name = row.name.removesuffix(" only").replace(" ", "_")
-        path = row.kind if row.name == row.kind else f"{row.kind}/{name}"
-        if row.kind != "feature":
-            figures |= {f"{path}/{metric}": interval["value"] for metric, interval in metrics.items()}
-    loggers.log_metrics({name: value for name, value in figures.items() if value is not None})
-    names = list(dict.fromkeys(metric for _, metrics in rows for metric in metrics))
-    ends = [(metric, end) for metric in names for end in ("value", "low", "high")]
-    columns = ["name", "kind", "cost", *(metric if end == "value" else f"{metric} {end}" for metric, end in ends)]
-    cells = [
-        [row.name, row.kind, row.cost, *(metrics.get(metric, {}).get(end) for metric, end in ends)]
-        for row, metrics in rows
-    ]
-    loggers.log_table("detector/leaderboard", columns, cells)

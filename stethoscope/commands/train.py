@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 def run(config: DictConfig) -> None:
     """Fit, calibrate, evaluate and save the detector of a finished run; print its table."""
-    from stethoscope.commands.common import as_list, fractions, keep_detector, log_detector, loggers_of, overrides
+    from stethoscope.commands.common import as_list, fractions, keep_detector, loggers_of, overrides
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.training import fit
-    from stethoscope.report.examples import log_detector_files
+    from stethoscope.report.examples import log_detector, log_detector_files
     from stethoscope.report.metrics_tables import print_detector
     from stethoscope.storage.lock import RunLock
     from stethoscope.storage.reuse import copy_task

@@ -1,4 +1,4 @@
-"""Show examples of a detector's warnings: caught and missed hallucinations, and false alarms."""
+"""Show examples of a detector's warnings (caught and missed hallucinations, false alarms), and log the detector."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from PIL.Image import Image
 
+    from stethoscope.detection.detector_results import DetectorResults
     from stethoscope.loggers.combined import Loggers
     from stethoscope.storage.records import Record
 
@@ -223,6 +224,33 @@ def _card(example: Example) -> dict[str, Any]:
     }
 
 
+def log_detector(loggers: Loggers, results: DetectorResults) -> None:
+    """Log the figures of the leader board, one by one but for single features, and as a table with a row each.
+
+    The main detector's are ``detector/<metric>``, others' ``<kind>/<name>/<metric>``: ``baseline/position/auroc``. An
+    undefined value is left out, and empty in the table.
+    """
+    rows = [
+        (row, {metric: interval.to_dict() for metric, interval in row.metrics.items()})  # None where not defined
+        for row in results.leaderboard.rows
+    ]
+    figures: dict[str, float | None] = {}
+    for row, metrics in rows:
+        name = row.name.removesuffix(" only").replace(" ", "_")
+        path = row.kind if row.name == row.kind else f"{row.kind}/{name}"
+        if row.kind != "feature":
+            figures |= {f"{path}/{metric}": interval["value"] for metric, interval in metrics.items()}
+    loggers.log_metrics({name: value for name, value in figures.items() if value is not None})
+    names = list(dict.fromkeys(metric for _, metrics in rows for metric in metrics))
+    ends = [(metric, end) for metric in names for end in ("value", "low", "high")]
+    columns = ["name", "kind", "cost", *(metric if end == "value" else f"{metric} {end}" for metric, end in ends)]
+    cells = [
+        [row.name, row.kind, row.cost, *(metrics.get(metric, {}).get(end) for metric, end in ends)]
+        for row, metrics in rows
+    ]
+    loggers.log_table("detector/leaderboard", columns, cells)
+
+
 def log_detector_files(loggers: Loggers, folder: Path) -> None:
     """Log a detector's files, curves and example mentions, if a logger takes media.
 
@@ -235,12 +263,12 @@ def log_detector_files(loggers: Loggers, folder: Path) -> None:
     if not loggers.media:
         return
     try:
-        _log_detector(loggers, RunReader.read(folder))
+        _log_files(loggers, RunReader.read(folder))
     except StethoscopeError as error:
         warnings.warn(f"the loggers get no pictures of the detector: {error}", stacklevel=2)
 
 
-def _log_detector(loggers: Loggers, source: RunReader) -> None:
+def _log_files(loggers: Loggers, source: RunReader) -> None:
     detector = source.folder / "detector"
     manifest = detector / "manifest.json"
     if manifest.is_file():

@@ -1,7 +1,11 @@
-"""Which mentions are shown as examples, and their surroundings."""
+"""Which mentions are shown as examples, their surroundings, and what loggers get of a leader board."""
 
 import pandas as pd
 
+from stethoscope.detection.detector_results import Leaderboard, LeaderboardRow
+from stethoscope.loggers.base import Logger
+from stethoscope.loggers.combined import Loggers
+from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report import examples
 
 
@@ -31,3 +35,36 @@ def test_pieces_spell_the_answer():
     assert (pieces[0], pieces[-1]) == (("… ", ""), (" …", ""))
     assert ("dog", "this") in pieces
     assert sum(len(part) for part, _ in pieces) < 2 * examples.CONTEXT + 10
+
+
+def test_a_leader_board_has_flat_names_and_a_row_each():
+    def row(name, kind, value):
+        return LeaderboardRow(name, kind, 1, {"auroc": Interval(value, value - 0.1, value + 0.1, 5, 3)}, "one pass")
+
+    rows = [row("detector", "detector", 0.9), row("boosting", "detector", 0.8), row("svar", "published", 0.7)]
+    rows += [row("position only", "baseline", 0.6), row("shuffled labels", "baseline", float("nan"))]
+    rows += [row("nll", "feature", 0.55)]
+
+    class Results:
+        leaderboard = Leaderboard(tuple(rows), (), {}, {}, ())
+
+    figures, tables = {}, {}
+
+    class Collects(Logger):
+        def log_metrics(self, metrics, step=None):
+            figures.update(metrics)
+
+        def log_table(self, name, columns, rows):
+            tables[name] = [dict(zip(columns, row, strict=True)) for row in rows]
+
+    examples.log_detector(Loggers([Collects()]), Results())
+    assert figures == {
+        "detector/auroc": 0.9, "detector/boosting/auroc": 0.8, "published/svar/auroc": 0.7,
+        "baseline/position/auroc": 0.6,
+    }  # fmt: skip
+    board = tables["detector/leaderboard"]
+    assert [line["name"] for line in board] == [row.name for row in rows]
+    assert board[0] == {
+        "name": "detector", "kind": "detector", "cost": "one pass", "auroc": 0.9, "auroc low": 0.8, "auroc high": 1.0,
+    }  # fmt: skip
+    assert board[4]["auroc"] is None
