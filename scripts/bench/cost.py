@@ -26,7 +26,6 @@ from stethoscope.evaluation.callbacks import SaveHeatmaps
 from stethoscope.evaluation.pipeline import TRACE_BATCH
 from stethoscope.evaluation.state import RunState
 from stethoscope.features import FeatureSet, named_set
-from stethoscope.features.registry import compute_columns
 from stethoscope.loggers.combined import Loggers
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.tokens import TokenFiles, TokenRows, token_tables
@@ -94,7 +93,7 @@ def measure(
             for start in range(0, len(kept), TRACE_BATCH):
                 few = slice(start, start + TRACE_BATCH)
                 traces = adapter.trace_batch(kept[few], answers[few], features.requires)
-                computed = compute_columns(features, traces)
+                computed = features.compute_batch(traces)
                 for sample, trace, columns in zip(asked[few], traces, computed, strict=True):
                     mentions = run.task.label_mentions(sample, trace.answer)
                     rows.append(TokenRows.of_trace(sample, trace, mentions, columns))

@@ -14,7 +14,7 @@ from stethoscope.core.token_table import FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, with_limit
 from stethoscope.features import FeatureSet
 from stethoscope.features.relevancy import image_tokens
-from stethoscope.storage.tokens import as_frame, token_table
+from stethoscope.storage.tokens import TokenRows
 from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
 from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor
 
@@ -260,10 +260,8 @@ def token_rows(
     """
     sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
     columns, tokens = features
-    table = token_table(
-        "diagnose", sample, answer, mentions, columns, encoded.text, picture=picture, image_tokens=tokens
-    )
-    return as_frame(table)
+    rows = TokenRows(sample, answer, answer.owners(mentions), columns, encoded.text, picture, tokens)
+    return rows.frame("diagnose")
 
 
 def feature_set(columns: Sequence[str]) -> FeatureSet:

@@ -21,7 +21,6 @@ from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.types import Answer, Mention, Sample, Score, required
 from stethoscope.evaluation.given_answers import read_answer
 from stethoscope.evaluation.state import describe_failure
-from stethoscope.features.registry import compute_columns
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import TokenRows, token_tables
 from stethoscope.tasks.object_extraction import TextMention
@@ -52,7 +51,7 @@ class Features(Protocol):
     @property
     def names(self) -> Sequence[str]: ...
 
-    def compute(self, trace: Trace) -> Mapping[str, np.ndarray]: ...
+    def compute_batch(self, traces: Sequence[Trace]) -> Sequence[Mapping[str, np.ndarray]]: ...
 
 
 class SampleChanged(DataError):
@@ -364,7 +363,7 @@ class SamplePipeline:
             self._session.call("on_trace", state.sample, traced[id(state)])
 
         def compute(batch: Sequence[SampleState]) -> Sequence[Mapping[str, np.ndarray]]:
-            return compute_columns(self.features, [traced[id(state)] for state in batch])
+            return required(self.features).compute_batch([traced[id(state)] for state in batch])
 
         rows: list[tuple[SampleState, TokenRows]] = []
         for state, columns in zip(states, self._in_batches(states, "trace", compute), strict=True):

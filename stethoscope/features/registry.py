@@ -400,13 +400,6 @@ def column_names(name: str, vector: bool, shape: tuple[int, ...]) -> tuple[str, 
     return tuple(f"{name}_l{i:02d}h{j:02d}" for i in range(shape[0]) for j in range(shape[1]))
 
 
-def compute_columns(features: Any, traces: Sequence[Trace]) -> Sequence[Mapping[str, np.ndarray]]:
-    """Compute the columns of several traces, together where ``features`` is a ``FeatureSet``."""
-    if isinstance(features, FeatureSet):
-        return features.compute_batch(traces)
-    return [features.compute(trace) for trace in traces]
-
-
 def without_vectors(columns: Mapping[str, np.ndarray], named: Sequence[bool]) -> TokenColumns:
     """Set vectors of tokens that name nothing to NaN: they are wide, and only those of mentions are read from a table.
 

@@ -56,11 +56,21 @@ _PACKED, _NAMES = "values", b"names"  # column of all features of a token, and t
 
 
 class TokenRows(NamedTuple):
-    """The answer to a sample, with what its token rows are built from; see ``token_table``."""
+    """The answer to a sample, with what its token rows are built from: key columns, then a column per feature.
+
+    Attributes:
+        sample: that was answered.
+        answer: with T tokens.
+        owners: T labelled mentions that the tokens belong to, see ``Answer.owners``; None for no mention.
+        features: (T,) values by name, stored as float32.
+        prompt: in the model's chat format; its digest tells prompts apart.
+        picture: profile of the picture as text.
+        image_tokens: of the picture as text (``pack_vectors``).
+    """
 
     sample: Sample
     answer: Answer
-    owners: Sequence[Mention | None]  # the mention that each token belongs to
+    owners: Sequence[Mention | None]
     features: Mapping[str, np.ndarray]
     prompt: str = ""
     picture: str = ""
@@ -83,50 +93,17 @@ class TokenRows(NamedTuple):
             trace: of the answer.
             mentions: labelled objects that the answer names.
             columns: (T,) features of the trace by column name.
-            prompt: see ``token_table``.
-            picture: see ``token_table``.
+            prompt: in the model's chat format.
+            picture: profile of the picture as text.
         """
         owners = trace.answer.owners(mentions)
         features = without_vectors(columns, [mention is not None for mention in owners])
         tokens = image_tokens(trace, features.names)
         return cls(sample, trace.answer, owners, features, prompt, picture, tokens)
 
-    def frame(self, task: str) -> pd.DataFrame:
-        """Build the token rows of a task's answer as a table in pandas."""
-        return as_frame(unpacked(token_tables(task, [self])[0]))
-
-
-def token_table(
-    task: str,
-    sample: Sample,
-    answer: Answer,
-    mentions: Sequence[Mention],
-    features: Mapping[str, np.ndarray],
-    prompt: str = "",
-    version: str = "",
-    picture: str = "",
-    image_tokens: str = "",
-) -> pa.Table:
-    """Build the token rows of an answer: key columns, then a column per feature.
-
-    A token belongs to the first mention that shares a character with it.
-
-    Args:
-        task: name of the task.
-        sample: that was answered.
-        answer: with T tokens.
-        mentions: labelled objects that the answer names.
-        features: (T,) values by name, stored as float32.
-        prompt: in the model's chat format; its digest tells prompts apart.
-        version: of the task, which labelled the mentions.
-        picture: profile of the picture as text.
-        image_tokens: of the picture as text (``pack_vectors``).
-
-    Returns:
-        T rows.
-    """
-    rows = TokenRows(sample, answer, answer.owners(mentions), features, prompt, picture, image_tokens)
-    return unpacked(token_tables(task, [rows], version)[0])
+    def frame(self, task: str, version: str = "") -> pd.DataFrame:
+        """Build the T token rows of a task's answer as a table in pandas; ``version`` is that of the task."""
+        return as_frame(unpacked(token_tables(task, [self], version)[0]))
 
 
 def token_tables(task: str, answers: Sequence[TokenRows], version: str = "") -> list[pa.Table]:
@@ -137,7 +114,7 @@ def token_tables(task: str, answers: Sequence[TokenRows], version: str = "") -> 
     Args:
         task: name of the task.
         answers: with their samples, mentions and features.
-        version: of the task.
+        version: of the task, which labelled the mentions.
     """
     features = [TokenColumns.of(item.features) for item in answers]
     if len({part.names for part in features}) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -132,3 +132,6 @@ class TinyFeatures:
     def compute(self, trace: Trace) -> dict[str, np.ndarray]:
         columns = {"position": np.arange(len(trace.logits)), "level": trace.logits[:, 0].numpy()}
         return {name: columns[name].astype(np.float32) for name in self.names}
+
+    def compute_batch(self, traces: Sequence[Trace]) -> list[dict[str, np.ndarray]]:
+        return [self.compute(trace) for trace in traces]

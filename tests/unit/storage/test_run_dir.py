@@ -21,7 +21,7 @@ from stethoscope.storage import tokens as tokens_module
 from stethoscope.storage.records import Record
 from stethoscope.storage.reuse import copy_task
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.tokens import SCHEMA, TokenRows, token_table, token_tables, unpacked
+from stethoscope.storage.tokens import SCHEMA, TokenRows, token_tables, unpacked
 
 SAMPLES = TinyTask(count=6).samples()
 ANSWER = Answer("a hot dog", (7, 8, 9), ((0, 1), (1, 5), (5, 9)), (-0.5, -1.25, -2.0))
@@ -259,12 +259,11 @@ def test_a_run_that_is_not_there_is_named_with_its_neighbours(store):
 
 
 def test_rows_say_what_the_model_was_asked_and_who_labelled():
-    table = token_table(
-        "tiny", SAMPLES[0], ANSWER, MENTIONS, {}, prompt="USER: what? ASSISTANT:", version="3"
-    ).to_pandas()
+    own = TokenRows(SAMPLES[0], ANSWER, ANSWER.owners(MENTIONS), {}, "USER: what? ASSISTANT:")
+    table = own.frame("tiny", version="3")
     assert table["labeller"].unique().tolist() == ["tiny/3"]
     assert table["prompt_hash"].unique().tolist() == ["01a8723f63495759"]
-    other = token_table("tiny", SAMPLES[0], ANSWER, MENTIONS, {}, prompt="USER: what else?", version="3").to_pandas()
+    other = own._replace(prompt="USER: what else?").frame("tiny", version="3")
     assert other["prompt_hash"][0] != table["prompt_hash"][0]
 
 
