@@ -35,8 +35,8 @@ from PIL import Image, ImageFilter
 from stethoscope import testbed
 from stethoscope.core.errors import DataError
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.shift import RUN_LEVEL, RunShift, ShiftMonitor
-from stethoscope.detection.shift_measures import Readings
+from stethoscope.detection.shift import ShiftMonitor
+from stethoscope.detection.shift_measures import RUN_LEVEL, Readings, RunShift
 from stethoscope.features.columns import matching_columns
 from stethoscope.metrics.bootstrap import group_weights, split_folds
 from stethoscope.metrics.classification import ece

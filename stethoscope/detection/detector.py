@@ -26,8 +26,8 @@ from stethoscope.detection.evidence_prior import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import mixture_line, recalibrate
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee
-from stethoscope.detection.shift import RunShift, ShiftMonitor
-from stethoscope.detection.shift_measures import Readings
+from stethoscope.detection.shift import ShiftMonitor
+from stethoscope.detection.shift_measures import Readings, RunShift
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
 from stethoscope.detection.warning_threshold import WarningThreshold, choose_threshold
 

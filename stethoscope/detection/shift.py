@@ -46,112 +46,29 @@ from stethoscope.core.images import LENGTH
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.risk_control import Certificate
 from stethoscope.detection.shift_measures import (
+    CHANGED,
     MAX_ORDER,
+    RUN_LEVEL,
+    TOLERANCE,
     Readings,
+    RunShift,
     View,
     estimated_risk,
     linear_map,
     rank_p_values,
     share_intercept,
+    shown_p,
     smallest_p,
 )
 from stethoscope.features.columns import group_of
 
-PICTURE_LEVEL, RUN_LEVEL = 0.01, 0.05
-"""False-alarm rates: of a single picture (if the calibration fold has 99 or more), and of a whole run."""
-TOLERANCE = 0.05
-"""By how much probabilities may be off on average, and which share of pictures may be far out, in a kept promise."""
+PICTURE_LEVEL = 0.01
+"""False-alarm rate of a single picture, if the calibration fold has 99 or more."""
 FLOOR = 4 * TOLERANCE
 """Log-odds that move no probability by more than ``TOLERANCE``."""
 FEWEST = 20
 """Pictures that the training and the calibration fold need, each, for a monitor."""
 VIEWS = ("answer", "picture")
-CHANGED = {
-    "picture": "the pictures",
-    "answer": "the answers",
-    "scores": "the share of hallucinations",
-    "alarms": "the share of errors that is guaranteed",
-}
-"""What has changed, by the view that shows it."""
-
-
-@dataclass(frozen=True)
-class RunShift:
-    """The comparison of a run with the pictures that a detector was calibrated on.
-
-    Attributes:
-        pictures: number of compared pictures.
-        unlike: number of pictures that are flagged one by one.
-        level: chance that a picture like those of the calibration fold is flagged.
-        p: p-value of the whole run: that what the promise rests on is as before.
-        view: what has changed most: one of ``CHANGED``.
-        shifted: whether the promise does not hold, at a false-alarm rate of ``RUN_LEVEL``.
-        error: by how much probabilities may be off on average, in [0, 1].
-        risk: share of guaranteed errors by the detector's own probabilities; None without a guarantee.
-        guaranteed: the largest share that is guaranteed; None without.
-        changes: p-values by view.
-    """
-
-    pictures: int
-    unlike: int
-    level: float
-    p: float
-    view: str
-    shifted: bool
-    error: float = 0.0
-    risk: float | None = None
-    guaranteed: float | None = None
-    changes: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def sentence(self) -> str:
-        """One sentence for terminal, page and report."""
-        seen = (
-            f"{self.unlike} of {self.pictures} pictures are unlike those that the detector was calibrated on, "
-            f"{self.level:.1%} expected; p {_shown_p(self.p)}"
-        )
-        if self.shifted:
-            if self.view == "scores" and self.error > TOLERANCE:
-                seen += f"; probabilities may be off by {self.error:.0%}"
-            elif self.view == "alarms" and self.risk is not None and self.guaranteed is not None:
-                seen += f"; by its own probabilities {self.risk:.1%} errors, {self.guaranteed:.1%} guaranteed"
-            return (
-                f"shift in {CHANGED[self.view]} ({seen}): no probability is calibrated here and no guarantee of the "
-                "threshold holds; `stethoscope train run=... recalibrate=...` mends that with a few labelled pictures"
-            )
-        changed = [CHANGED[view] for view, p in self.changes.items() if len(self.changes) * p <= RUN_LEVEL]
-        if changed:
-            return f"no shift in what the probabilities rest on, though {_listed(changed)} changed ({seen})"
-        return f"no shift seen ({seen})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-able dictionary."""
-        return {**vars(self), "sentence": self.sentence}
-
-
-def _listed(names: list[str]) -> str:
-    return f"{' and '.join(names)} {'has' if names == [CHANGED['scores']] else 'have'}"
-
-
-def _shown_p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
-
-
-def describe_picture_shift(view: str, p: float, count: int) -> str:
-    """Say in one sentence that a picture or its answer is unlike those of the calibration fold.
-
-    Args:
-        view: the view that shows it, ``answer`` or ``picture``.
-        p: p-value of the picture.
-        count: number of held-out pictures that it was compared with.
-
-    >>> describe_picture_shift("picture", 0.005, 200)
-    'This picture is unlike the 200 that the detector was calibrated on (p = 0.005): no percentage here is calibrated.'
-    """
-    return (
-        f"This {view} is unlike the {count} that the detector was calibrated on (p {_shown_p(p)}): "
-        "no percentage here is calibrated."
-    )
 
 
 @dataclass(frozen=True)
@@ -277,7 +194,12 @@ class ShiftMonitor:
         if not len(readings.mentions):
             return ""
         row = self.pictures(readings).iloc[0]
-        return describe_picture_shift(row["view"], float(row["p"]), len(self.reference)) if row["unlike"] else ""
+        if not row["unlike"]:
+            return ""
+        return (
+            f"This {row['view']} is unlike the {len(self.reference)} that the detector was calibrated on "
+            f"(p {shown_p(row['p'])}): no percentage here is calibrated."
+        )
 
     # --- whole runs ---------------------------------------------------------------------------------------------------
 
@@ -339,7 +261,7 @@ class ShiftMonitor:
         if loudest == "scores" and largest <= RUN_LEVEL:
             seen = "the share of hallucinations has changed too little, or with the answers alone"
         raise DataError(
-            f"{seen} (p {_shown_p(largest)}), and recalibration without labels mends nothing but a changed share of "
+            f"{seen} (p {shown_p(largest)}), and recalibration without labels mends nothing but a changed share of "
             "hallucinations in other pictures; give some labelled pictures (labels=50), or keep the detector"
         )
 
@@ -444,7 +366,10 @@ class ShiftMonitor:
             raise ValueError("the monitor should have views answer and picture, of columns that the detector reads")
         center, weights = (arrays.numbers(name, len(columns)) for name in ("center", "weights"))
         monitor = cls(columns, center, weights, {}, np.sort(arrays.numbers("reference", None)))
-        sizes = {"answer": monitor._parts(_no_readings(len(columns))).shape[1], "picture": LENGTH}
+        nothing = Readings(
+            pd.DataFrame(columns=["task", "sample_id", "group"]), np.zeros((0, len(columns))), np.zeros(0)
+        )
+        sizes = {"answer": monitor._parts(nothing).shape[1], "picture": LENGTH}
         rates, residuals = arrays.numbers("order_rates", MAX_ORDER), arrays.numbers("residuals", None)
         arrays.require(((rates > 0) & (rates < 1)).all(), "order_rates", "should lie between 0 and 1")
         return replace(
@@ -455,11 +380,6 @@ class ShiftMonitor:
             profiles=arrays.weights("profiles", None, LENGTH),
             contents=arrays.weights("contents", None, None),
         )
-
-
-def _no_readings(columns: int) -> Readings:
-    table = pd.DataFrame({"task": [], "sample_id": [], "group": []})
-    return Readings(table, np.zeros((0, columns)), np.zeros(0))
 
 
 def _complete(rows: np.ndarray) -> np.ndarray:

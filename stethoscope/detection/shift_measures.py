@@ -1,13 +1,15 @@
 """Measure what has changed between the data that a detector was calibrated on and others.
 
-``Readings`` are what is compared. Distances of single pictures to a training fold and their ranks, tests of whole runs,
-and estimates, from probabilities alone, of a changed share of hallucinations and of the errors of a threshold.
+``Readings`` are what is compared, ``RunShift`` the result. Between them: distances of single pictures to a training
+fold and their ranks, tests of whole runs, and estimates, from probabilities alone, of a changed share of hallucinations
+and of the errors of a threshold.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +26,17 @@ MAX_DEVIATION = 10.0  # standard deviations at which a column is cut off, so tha
 LARGEST_INTERCEPT = 6.0
 MAX_ORDER = 6
 """Mentions of an answer whose mean probabilities are known one by one; later ones share the last."""
+RUN_LEVEL = 0.05
+"""False-alarm rate of a whole run."""
+TOLERANCE = 0.05
+"""By how much probabilities may be off on average, and which share of pictures may be far out, in a kept promise."""
+CHANGED = {
+    "picture": "the pictures",
+    "answer": "the answers",
+    "scores": "the share of hallucinations",
+    "alarms": "the share of errors that is guaranteed",
+}
+"""What has changed, by the view that shows it."""
 RIDGE = 1e-3  # of the map from standardised columns to log-odds
 
 
@@ -250,3 +263,73 @@ def smallest_p(rows: np.ndarray, held_out: np.ndarray) -> float | None:
         return None
     p_values = mannwhitneyu(rows.astype(float), held_out.astype(float), axis=0).pvalue
     return None if np.isnan(p_values).all() else float(min(1.0, len(p_values) * np.nanmin(p_values)))
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunShift:
+    """The comparison of a run with the pictures that a detector was calibrated on.
+
+    Attributes:
+        pictures: number of compared pictures.
+        unlike: number of pictures that are flagged one by one.
+        level: chance that a picture like those of the calibration fold is flagged.
+        p: p-value of the whole run: that what the promise rests on is as before.
+        view: what has changed most: one of ``CHANGED``.
+        shifted: whether the promise does not hold, at a false-alarm rate of ``RUN_LEVEL``.
+        error: by how much probabilities may be off on average, in [0, 1].
+        risk: share of guaranteed errors by the detector's own probabilities; None without a guarantee.
+        guaranteed: the largest share that is guaranteed; None without.
+        changes: p-values by view.
+    """
+
+    pictures: int
+    unlike: int
+    level: float
+    p: float
+    view: str
+    shifted: bool
+    error: float = 0.0
+    risk: float | None = None
+    guaranteed: float | None = None
+    changes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        """One sentence for terminal, page and report."""
+        seen = (
+            f"{self.unlike} of {self.pictures} pictures are unlike those that the detector was calibrated on, "
+            f"{self.level:.1%} expected; p {shown_p(self.p)}"
+        )
+        if self.shifted:
+            if self.view == "scores" and self.error > TOLERANCE:
+                seen += f"; probabilities may be off by {self.error:.0%}"
+            elif self.view == "alarms" and self.risk is not None and self.guaranteed is not None:
+                seen += f"; by its own probabilities {self.risk:.1%} errors, {self.guaranteed:.1%} guaranteed"
+            return (
+                f"shift in {CHANGED[self.view]} ({seen}): no probability is calibrated here and no guarantee of the "
+                "threshold holds; `stethoscope train run=... recalibrate=...` mends that with a few labelled pictures"
+            )
+        changed = [CHANGED[view] for view, p in self.changes.items() if len(self.changes) * p <= RUN_LEVEL]
+        if changed:
+            return f"no shift in what the probabilities rest on, though {_listed(changed)} changed ({seen})"
+        return f"no shift seen ({seen})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-able dictionary."""
+        return {**vars(self), "sentence": self.sentence}
+
+
+def _listed(names: list[str]) -> str:
+    return f"{' and '.join(names)} {'has' if names == [CHANGED['scores']] else 'have'}"
+
+
+def shown_p(p: float) -> str:
+    """Write a p-value after its sign.
+
+    >>> shown_p(0.0123), shown_p(0.0001)
+    ('= 0.012', '< 0.001')
+    """
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"

@@ -15,7 +15,7 @@ from stethoscope.storage.records import FAILED, Record
 
 if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
-    from stethoscope.detection.shift import RunShift
+    from stethoscope.detection.shift_measures import RunShift
     from stethoscope.tasks.base import Totals
 
 REPLY_METRICS = {"accuracy": "accuracy", "f1": "F1", "yes_rate": "share of yes", "tpr": "TPR", "tnr": "TNR"}

@@ -21,7 +21,7 @@ from stethoscope.report.plots import Plot, plot_frontier
 from stethoscope.report.tables import Cell, PairedDifference, Table
 
 if TYPE_CHECKING:
-    from stethoscope.detection.shift import RunShift
+    from stethoscope.detection.shift_measures import RunShift
     from stethoscope.tasks.base import Totals
 
 CAPTION_METRICS = {"chair_i": "CHAIR_i", "chair_s": "CHAIR_s", "recall": "recall", "length": "words"}

@@ -17,9 +17,12 @@ from stethoscope.core.images import LENGTH, picture_profile, profile_text, read_
 from stethoscope.detection import recalibration
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.lookup import mention_warnings, write_warnings
-from stethoscope.detection.shift import FEWEST, RUN_LEVEL, TOLERANCE, RunShift, ShiftMonitor
+from stethoscope.detection.shift import FEWEST, ShiftMonitor
 from stethoscope.detection.shift_measures import (
+    RUN_LEVEL,
+    TOLERANCE,
     Readings,
+    RunShift,
     View,
     estimated_risk,
     linear_map,

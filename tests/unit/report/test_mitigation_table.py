@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from stethoscope.core.errors import DataError
-from stethoscope.detection.shift import RunShift
+from stethoscope.detection.shift_measures import RunShift
 from stethoscope.metrics.bootstrap import Interval, holm
 from stethoscope.report import mitigation_table as table
 from stethoscope.report.method_answers import DetectorFigures, MethodAnswers
