@@ -230,7 +230,7 @@ class PositionOnly(_FromKeys):
 class NamePrior(_FromKeys):
     """Position, mention index, repetition and the named object: what a mention reveals without those before it."""
 
-    columns = ("token", "object", "mention_index", "repeat_index")
+    columns: tuple[str, ...] = ("token", "object", "mention_index", "repeat_index")
 
     def _fit_inputs(self, rows: pd.DataFrame) -> np.ndarray:
         self._encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
