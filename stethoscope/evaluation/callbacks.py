@@ -339,5 +339,5 @@ def _duration(seconds: float) -> str:
 
 def _covers_image(box: Sequence[float] | None, size: tuple[int, int]) -> bool:
     """Decide whether a tile shows the whole image, to 1 % of its longer side."""
-    edges = (0.0, 0.0, *map(float, size))
-    return box is not None and bool(np.allclose(box, edges, atol=max(size) / 100))
+    edges = (0.0, 0.0, *size)
+    return box is not None and all(abs(a - b) <= max(size) / 100 for a, b in zip(box, edges, strict=True))

@@ -72,7 +72,7 @@ class HeatmapFile:
     def __init__(self, run_dir: str | os.PathLike) -> None:
         """Name the file; nothing is read or created."""
         self.path = Path(run_dir) / MAPS
-        self._offsets: dict[tuple[str, str], int] = {}
+        self._lines: dict[tuple[str, str], tuple[int, int]] = {}
         self._state: tuple[int, int] | None = None
 
     def append(
@@ -116,8 +116,8 @@ class HeatmapFile:
         Raises:
             ArtefactError: the line is damaged.
         """
-        offset = self._index().get((record.task, record.sample_id))
-        if offset is None or record.answer is None:
+        offset, length = self._index().get((record.task, record.sample_id), (0, 0))
+        if not length or record.answer is None:
             return None
         with open_regular(self.path) as file:
             file.seek(offset)
@@ -135,21 +135,23 @@ class HeatmapFile:
         """Delete the lines that later ones have replaced."""
         if not self.path.is_file():
             return
-        offsets = sorted(self._index().values())
+        lines = sorted(self._index().values())
+        if sum(length for _, length in lines) == self.path.stat().st_size:  # nothing has been replaced
+            return
         with self.path.open("rb") as source, replacing(self.path) as target:
-            for offset in offsets:
+            for offset, _ in lines:
                 source.seek(offset)
                 target.write(source.readline())
 
-    def _index(self) -> dict[tuple[str, str], int]:
-        """Return the offset of every sample's last line, read again if the file has changed."""
+    def _index(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Return offset and length of every sample's last line, in bytes, read again if the file has changed."""
         stat = self.path.stat() if self.path.is_file() else None
         state = None if stat is None else (stat.st_size, stat.st_mtime_ns)
         if state != self._state:
             lines = read_lines(self.path, strict=False) if state else ()  # a kill may have cut off one in the middle
-            self._offsets = {(line["task"], line["sample_id"]): offset for offset, _, line in lines}
+            self._lines = {(line["task"], line["sample_id"]): (offset, length) for offset, length, line in lines}
             self._state = state
-        return self._offsets
+        return self._lines
 
 
 def _digest(answer: Answer) -> str:

@@ -181,7 +181,7 @@ def _keys(task: str, item: TokenRows, version: str) -> dict[str, list[Any]]:
     """Return the values of the key columns by name."""
     sample, answer = item.sample, item.answer
     count, owners = len(answer.token_ids), item.owners
-    first = [mention is not None and mention not in owners[:index] for index, mention in enumerate(owners)]
+    first = {mention: token for token, mention in reversed(list(enumerate(owners))) if mention}
     return {
         "task": [task] * count,
         "subset": [sample.subset] * count,
@@ -196,7 +196,7 @@ def _keys(task: str, item: TokenRows, version: str) -> dict[str, list[Any]]:
         "object": [mention.object if mention else "" for mention in owners],
         "mention_index": [mention.mention_index if mention else -1 for mention in owners],
         "repeat_index": [mention.repeat_index if mention else -1 for mention in owners],
-        "is_first_subtoken": first,
+        "is_first_subtoken": [bool(mention and first[mention] == token) for token, mention in enumerate(owners)],
         "prompt_hash": [hashlib.sha256(item.prompt.encode()).hexdigest()[:16]] * count,
         "labeller": [f"{task}/{version}"] * count,
         "picture": [item.picture] * count,

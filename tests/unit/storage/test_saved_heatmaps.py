@@ -178,6 +178,9 @@ def test_the_last_line_counts_and_the_others_go(tmp_path):
         assert abs(view.picture.getpixel((4, 4))[0] - 200) < 3
         file.compact()
         assert len(file.path.read_bytes().splitlines()) == 2
+    compacted = file.path.stat()
+    file.compact()
+    assert file.path.stat().st_ino == compacted.st_ino  # nothing to remove, so nothing was written
 
 
 def test_a_run_goes_on_behind_a_line_that_was_cut_short(tmp_path):
