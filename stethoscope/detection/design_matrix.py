@@ -28,7 +28,7 @@ from stethoscope.core.token_table import (
 )
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.calibrated_model import CalibratedModel
-from stethoscope.detection.estimators import Stacked, make_estimator
+from stethoscope.detection.estimators import SharedFits, Stacked, make_estimator
 from stethoscope.detection.evidence_prior import EXTERNAL, Factored, external_columns
 from stethoscope.detection.hidden_probe import COLUMNS as HIDDEN_COLUMNS
 from stethoscope.detection.hidden_probe import TEACHER, Probed
@@ -207,6 +207,7 @@ class Inputs:
         seed: int,
         unlabelled: np.ndarray | None = None,
         draft: bool = False,
+        shared: SharedFits | None = None,
     ) -> BaseEstimator:
         """Create an unfitted classifier of ``matrix``.
 
@@ -216,17 +217,18 @@ class Inputs:
             seed: seed of everything random.
             unlabelled: (rows, columns) of ``matrix`` of mentions without labels, for the probe; None for none.
             draft: with fewer inner folds and shorter training of what has any, a tenth of the time.
+            shared: fits in common with other detectors; None for none.
         """
         count, evidence = len(self.objects), self.evidence_columns
         model = Factored(kind, count, C, seed) if self.factored else make_estimator(kind, seed)
         if self.hidden:
             more = None if unlabelled is None else self._before_evidence(unlabelled)
-            model = Probed(model, len(self.hidden), C, seed, self.taught, more, draft)
+            model = Probed(model, len(self.hidden), C, seed, self.taught, more, draft, shared)
         if not evidence:
             return model
         taught = self.taught and bool(self.hidden)
         more = unlabelled if taught else None  # the evidence of others learns from labels alone
-        return VisualConsistency(model, len(evidence) + 1, count, C, taught, more, draft)
+        return VisualConsistency(model, len(evidence) + 1, count, C, taught, more, draft, shared)
 
     def _before_evidence(self, matrix: np.ndarray) -> np.ndarray:
         """Return the own columns of rows of ``matrix`` as the classifier inside ``VisualConsistency`` gets them."""
@@ -297,7 +299,11 @@ class Design:
 
     @classmethod
     def fit(
-        cls, settings: Mapping[str, Any], train: pd.DataFrame, unlabelled: pd.DataFrame | None
+        cls,
+        settings: Mapping[str, Any],
+        train: pd.DataFrame,
+        unlabelled: pd.DataFrame | None,
+        shared: SharedFits | None = None,
     ) -> tuple[Design, np.ndarray]:
         """Choose the columns and fit the probe of image tokens, where there are any.
 
@@ -305,6 +311,7 @@ class Design:
             settings: of the detector, as ``check_settings`` returns them.
             train: mentions with labels.
             unlabelled: mentions without labels that probes learn from; None for none.
+            shared: fits in common with other detectors; None for none.
 
         Returns:
             The design and the matrix of ``train``, (rows, columns), in which the probe has not seen a row's picture.
@@ -320,11 +327,12 @@ class Design:
         probe, scores = None, None
         if inputs.reads_tokens and has_tokens(train):
             seeing = replace(inputs, objects=inputs.objects or frequent_objects(train), imaged=True)
-            fitted = fit_image_probe(train, unlabelled, seeing.objects, inputs.taught, settings["seed"])
+            fitted = fit_image_probe(train, unlabelled, seeing.objects, inputs.taught, settings["seed"], shared)
             if fitted is not None:
                 (probe, scores), inputs = fitted, seeing
         matrix = inputs.matrix(train, scores)
-        empty = [name for name in inputs.features if train[name].isna().all()]
+        known = train[list(inputs.features)].notna().any()
+        empty = [name for name in inputs.features if not known[name]]
         if len(train) and empty:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         return cls(schema, inputs, probe), matrix

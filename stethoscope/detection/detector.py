@@ -21,7 +21,7 @@ from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.design_matrix import Design, Inputs
 from stethoscope.detection.detector_settings import DetectorManifest, Selection, check_notes, check_settings
 from stethoscope.detection.estimator_classes import restored_classifier
-from stethoscope.detection.estimators import add_prefix
+from stethoscope.detection.estimators import SharedFits, add_prefix
 from stethoscope.detection.evidence_prior import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import mixture_line, recalibrate
@@ -173,13 +173,16 @@ class Detector:
         """The inverse regularisation strength C that was given or chosen; None before ``fit`` and for ``boosting``."""
         return None if self._model is None else self._model.C
 
-    def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Detector:
+    def fit(
+        self, train: pd.DataFrame, calibration: pd.DataFrame | None = None, shared: SharedFits | None = None
+    ) -> Detector:
         """Fit on the judged rows of a token table.
 
         Args:
             train: token table, images to learn from.
             calibration: token table of other images, to calibrate on and to choose the threshold; without it
                 out-of-fold scores of ``train`` are used.
+            shared: fits in common with other detectors, which are not made again; None for none.
 
         Returns:
             The detector itself.
@@ -197,7 +200,7 @@ class Detector:
         train, calibration = tables = self._selection.centre_replies(train, calibration)
         unlabelled = self._selection.unlabelled(train)
         train = self._selection.labelled(train)
-        self.design, matrix = Design.fit(self.settings, train, unlabelled)
+        self.design, matrix = Design.fit(self.settings, train, unlabelled, shared)
         examples = Examples.of(matrix, train)
         held_out = None
         if calibration is not None:
@@ -208,7 +211,8 @@ class Detector:
                 raise DataError(f"{len(both)} images are in both folds, {str(min(both))!r} for one; split by image")
         kind, C, seed, method = (self.settings[key] for key in ("estimator", "C", "seed", "calibration"))
         more = None if unlabelled is None else self.design.matrix(unlabelled)
-        model = CalibratedModel.fit(self.inputs.classifier(kind, C, seed, more), examples, held_out, method, C)
+        estimator = self.inputs.classifier(kind, C, seed, more, shared=shared)
+        model = CalibratedModel.fit(estimator, examples, held_out, method, C)
         # the share of hallucinated mentions where its probabilities are right
         base_rate = float((examples if held_out is None or method == "none" else held_out).labels.mean())
         estimated = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from sklearn.base import BaseEstimator, clone
@@ -31,6 +32,7 @@ C_VALUES = (0.01, 0.1, 1.0, 10.0)
 PER_HEAD_C_VALUES = (0.01, 0.03, 0.1, 0.3)
 INNER_FOLDS, DRAFT_FOLDS = 5, 2
 ENOUGH_IMAGES = 10  # of each class; with fewer, inner folds may lack a class and the choice of C would be noise
+Result = TypeVar("Result")
 
 
 class Perceptron(MLPClassifier):
@@ -185,6 +187,52 @@ def log_loss_of(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     [0.6931, 0.6931]
     """
     return np.logaddexp(0, np.where(labels == 1, -scores, scores))
+
+
+class SharedFits:
+    """Fits that detectors of the same mentions have in common, such as the probe of hidden states; each is made once.
+
+    A fit is known by its function and the bytes of all that it reads, so that only equal ones are shared.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[bytes, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedFits:
+        """Return itself: ``clone`` copies the settings of an estimator, and its copies share as well."""
+        return self
+
+    def make(self, fit: Callable[..., Result], *inputs: Any) -> Result:
+        """Return what ``fit(*inputs)`` returns or has returned before; nobody may write to it.
+
+        Args:
+            fit: function whose result depends on its inputs alone.
+            inputs: arrays, numbers, texts, None, and sequences of these.
+        """
+        digest = hashlib.blake2b(f"{fit.__module__}.{fit.__qualname__}".encode())
+        _update(digest, inputs)
+        key = digest.digest()
+        if key not in self._results:
+            self._results[key] = fit(*inputs)
+        return self._results[key]
+
+
+def _update(digest: hashlib.blake2b, value: Any) -> None:
+    """Add a value to a digest, with its type and size, so that no two values look alike."""
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype.str}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{type(value).__name__} of {len(value)}:".encode())
+        for item in value:
+            _update(digest, item)
+    else:
+        digest.update(f"{value!r};".encode())
+
+
+def make_once(shared: SharedFits | None, fit: Callable[..., Result], *inputs: Any) -> Result:
+    """Return ``fit(*inputs)``, which is made once for all that share it; None shares nothing."""
+    return fit(*inputs) if shared is None else shared.make(fit, *inputs)
 
 
 class GroupedEstimator(BaseEstimator):

@@ -20,9 +20,11 @@ from sklearn.base import BaseEstimator
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.estimators import (
     GroupedEstimator,
+    SharedFits,
     Stacked,
     add_prefix,
     inner_folds,
+    make_once,
     out_of_fold,
     restore_estimator,
 )
@@ -318,6 +320,52 @@ class AdamW:
         self._weights -= size
 
 
+def cross_fit(
+    states: np.ndarray,
+    targets: np.ndarray,
+    further_states: np.ndarray,
+    further_targets: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
+    taught: bool,
+    draft: bool,
+) -> tuple[HiddenProbe, np.ndarray]:
+    """Fit a probe on mentions, and score each of them by one that was fitted without its image.
+
+    Args:
+        states: (rows, columns) of ``HiddenProbe.fit``.
+        targets: (rows, 2) of ``HiddenProbe.fit``.
+        further_states: (others, columns) of further mentions, of which every probe learns.
+        further_targets: (others, 2) of theirs.
+        labels: (rows,) of 0 and 1, by which the folds are made.
+        groups: (rows,) image ids.
+        seed: of everything random.
+        taught: as in ``Probed``.
+        draft: as in ``Probed``.
+
+    Returns:
+        The probe and (rows, 2) scores, which are its own where there are too few images for folds.
+    """
+    members, epochs, steps = MEMBERS, TAUGHT_EPOCHS if taught else EPOCHS, STEPS
+    asked = np.isfinite(targets[:, 1]).any() or np.isfinite(further_targets[:, 1]).any()
+    apart = TAUGHT_EPOCHS if asked and not taught and not draft else 0
+    if draft:
+        members, epochs, steps = 1, 1, DRAFT_STEPS
+
+    def fitted_on(rows: np.ndarray | slice, members: int) -> HiddenProbe:
+        learned = np.vstack([states[rows], further_states]), np.vstack([targets[rows], further_targets])
+        return HiddenProbe.fit(*learned, seed, members, epochs, steps, apart)
+
+    folds, scores = inner_folds(groups, labels, draft), np.zeros((len(states), len(COLUMNS)))
+    for train, test in folds or ():
+        probe = fitted_on(train, 1)
+        scores[test] = probe.transform(states[test])
+    if folds is None or not draft:  # a draft judges by the probe of its last fold
+        probe = fitted_on(slice(None), members)
+    return probe, probe.transform(states) if folds is None else scores
+
+
 class Probed(Stacked):
     """A classifier whose first columns are the scores of a ``HiddenProbe`` on the last ones.
 
@@ -332,6 +380,7 @@ class Probed(Stacked):
         taught: learn the second score alone, from the teacher; the first is 0.
         unlabelled: (rows, columns) of further mentions without labels, for the teacher's score; None for none.
         draft: cross-fit in fewer folds with ``DRAFT_STEPS`` steps, and judge others by the probe of the last fold.
+        shared: fits in common with other detectors; None for none.
     """
 
     def __init__(
@@ -343,9 +392,10 @@ class Probed(Stacked):
         taught: bool = False,
         unlabelled: np.ndarray | None = None,
         draft: bool = False,
+        shared: SharedFits | None = None,
     ) -> None:
         self.classifier, self.size, self.C, self.seed = classifier, size, C, seed
-        self.taught, self.unlabelled, self.draft = taught, unlabelled, draft
+        self.taught, self.unlabelled, self.draft, self.shared = taught, unlabelled, draft, shared
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Probed:
         """Fit on (rows, own columns + states + teacher), labels and image ids."""
@@ -354,27 +404,11 @@ class Probed(Stacked):
         boundary = 0.0 if self.taught else reply_boundary(X[:, -1], y)
         states, targets = self._states(X), np.column_stack([labels, expit(boundary - X[:, -1])])
         further = self._states(more), np.column_stack([np.full(len(more), np.nan), expit(boundary - more[:, -1])])
-        members, epochs, steps = MEMBERS, TAUGHT_EPOCHS if self.taught else EPOCHS, STEPS
-        asked = np.isfinite(targets[:, 1]).any() or np.isfinite(further[1][:, 1]).any()
-        apart = TAUGHT_EPOCHS if asked and not self.taught and not self.draft else 0
-        if self.draft:
-            members, epochs, steps = 1, 1, DRAFT_STEPS
-
-        def fitted_on(rows: np.ndarray | slice, members: int) -> HiddenProbe:
-            learned = np.vstack([states[rows], further[0]]), np.vstack([targets[rows], further[1]])
-            return HiddenProbe.fit(*learned, self.seed, members, epochs, steps, apart)
-
-        folds, scores = inner_folds(groups, y, self.draft), np.zeros((len(X), len(COLUMNS)))
-        for train, test in folds or ():
-            self.probe_ = fitted_on(train, 1)
-            scores[test] = self.probe_.transform(states[test])
-        if folds is None or not self.draft:  # a draft judges by the probe of its last fold
-            self.probe_ = fitted_on(slice(None), members)
-        if folds is None:
-            scores = self.probe_.transform(states)
+        data = (states, targets, *further, y, groups)
+        self.probe_, scores = make_once(self.shared, cross_fit, *data, self.seed, self.taught, self.draft)
         matrix = np.hstack([scores, X[:, : -self.size - 1]])
         classifier = self._fit_classifier(matrix, y, groups)
-        self.held_out_ = None
+        self.held_out_, folds = None, inner_folds(groups, y, self.draft)
         if self.taught and folds is not None and not isinstance(classifier, GroupedEstimator):
             self.held_out_ = out_of_fold(classifier, matrix, y, folds)  # no label is in the scores that it reads
         return self

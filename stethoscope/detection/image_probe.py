@@ -21,7 +21,7 @@ from sklearn.model_selection import GroupKFold
 from stethoscope.core.errors import DataError
 from stethoscope.core.token_table import IMAGE_TOKENS, object_index, unpack_vectors
 from stethoscope.detection.artifact import Arrays
-from stethoscope.detection.estimators import inner_folds
+from stethoscope.detection.estimators import SharedFits, inner_folds, make_once
 from stethoscope.detection.hidden_probe import (
     TEACHER,
     UNITS,
@@ -175,10 +175,15 @@ class ImageProbe:
                 "`stethoscope extract`"
             )
         codes, pictures = _pictures(rows)
+        return self._named_scores(pictures, codes, named)
+
+    def _named_scores(self, pictures: Sequence[np.ndarray], codes: np.ndarray, named: np.ndarray) -> np.ndarray:
+        """Score mentions by the indices of their pictures and objects, -1 for none; (rows,) as ``scores``."""
         usable = (named >= 0) & (codes >= 0)
-        scores = np.full(len(rows), np.nan)
+        scores = np.full(len(codes), np.nan)
         if usable.any():
-            scores[usable] = -self.transform(pictures)[codes[usable], named[usable]]
+            read, row_of = np.unique(codes[usable], return_inverse=True)
+            scores[usable] = -self.transform([pictures[index] for index in read.tolist()])[row_of, named[usable]]
         return scores
 
     def contents(self, rows: pd.DataFrame) -> np.ndarray:
@@ -229,7 +234,12 @@ def backward(
 
 
 def fit_image_probe(
-    train: pd.DataFrame, unlabelled: pd.DataFrame | None, objects: tuple[str, ...], taught: bool, seed: int
+    train: pd.DataFrame,
+    unlabelled: pd.DataFrame | None,
+    objects: tuple[str, ...],
+    taught: bool,
+    seed: int,
+    shared: SharedFits | None = None,
 ) -> tuple[ImageProbe, np.ndarray] | None:
     """Fit a probe on mentions, and score each of them by one that was fitted without its picture.
 
@@ -239,6 +249,7 @@ def fit_image_probe(
         objects: names of the objects to know.
         taught: learn from the model's replies alone, whose boundary is 0.
         seed: of everything random.
+        shared: fits in common with other detectors; None for none.
 
     Returns:
         The probe and the scores of ``train``, (rows,); None where the table has no image tokens or too few pictures.
@@ -251,18 +262,46 @@ def fit_image_probe(
     if inner_folds(groups, labels) is None or not objects or not has_tokens(rows):
         return None
     codes, pictures = _pictures(rows)
-    targets = _targets(rows, codes, object_index(rows, objects), (len(pictures), len(objects)), taught)
-    learnable = np.isfinite(targets).any(1)
+    named = object_index(rows, objects)
+    targets = _targets(rows, codes, named, (len(pictures), len(objects)), taught)
     group_of = pd.Series(rows["group"].to_numpy(dtype=str)[codes >= 0]).groupby(codes[codes >= 0]).first().to_numpy()
+    mentions = (codes[: len(train)], named[: len(train)], labels, groups)
+    probe, scores = make_once(shared, _cross_fit, pictures, targets, group_of.astype(str), *mentions, seed)
+    return (probe, scores) if np.isfinite(scores).any() else None
+
+
+def _cross_fit(
+    pictures: Sequence[np.ndarray],
+    targets: np.ndarray,
+    group_of: np.ndarray,
+    codes: np.ndarray,
+    named: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
+) -> tuple[ImageProbe, np.ndarray]:
+    """Fit a probe on pictures, and score every mention by one that was fitted without its picture.
+
+    Args:
+        pictures: (N, D) image tokens of each.
+        targets: (pictures, objects) of ``_targets``.
+        group_of: (pictures,) image ids.
+        codes: (rows,) index of every mention's picture, -1 for none.
+        named: (rows,) index of its object, -1 for any other.
+        labels: (rows,) of 0 and 1.
+        groups: (rows,) image ids.
+        seed: of everything random.
+    """
+    learnable = np.isfinite(targets).any(1)
 
     def fitted_without(left_out: np.ndarray) -> ImageProbe:
         chosen = np.flatnonzero(learnable & ~np.isin(group_of, left_out))
-        return ImageProbe.fit([pictures[index] for index in chosen], targets[chosen], seed)
+        return ImageProbe.fit([pictures[index] for index in chosen.tolist()], targets[chosen], seed)
 
-    scores = np.full(len(train), np.nan)
+    scores = np.full(len(labels), np.nan)
     for _, test in GroupKFold(FOLDS).split(labels, labels, groups):
-        scores[test] = fitted_without(np.unique(groups[test])).scores(train.iloc[test], objects)
-    return (fitted_without(groups[:0]), scores) if np.isfinite(scores).any() else None
+        scores[test] = fitted_without(np.unique(groups[test]))._named_scores(pictures, codes[test], named[test])
+    return fitted_without(groups[:0]), scores
 
 
 def has_tokens(rows: pd.DataFrame) -> bool:

@@ -7,8 +7,8 @@
     layer_networks    one network per layer of the columns, the mean of their probabilities (verification probe)
     balanced_network  the same as evidence beside a prior of a few ``external`` columns, joined by Bayes (HaloProbe)
 
-``logistic`` and ``boosting`` are our ``Detector``. Whatever the kind, scores are calibrated (Platt) on the calibration
-fold, which changes no ranking.
+``logistic`` and ``boosting`` are our ``Detector``, without its monitor. Whatever the kind, scores are calibrated
+(Platt) on the calibration fold, which changes no ranking.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.token_table import MentionSelection, feature_matrix, mention_rows
 from stethoscope.detection.baselines import Predictor
-from stethoscope.detection.calibrated_model import check_labels, fit_platt
+from stethoscope.detection.calibrated_model import CalibratedModel, check_labels, fit_platt
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.estimator_classes import preparation
 from stethoscope.detection.estimators import Perceptron
@@ -80,6 +80,13 @@ class NetworkSettings:
         if not isinstance(hidden, tuple) or not hidden or not all(type(n) is int and n > 0 for n in hidden):
             raise ConfigError(f"learner.hidden={hidden!r} should be a list of whole numbers of at least 1, as [128]")
         return cls(**values)
+
+
+class MeasuredDetector(Detector):
+    """A detector that is measured on a board and then dropped: it has no monitor, which would take time to fit."""
+
+    def _fit_monitor(self, model: CalibratedModel, train: pd.DataFrame, calibration: pd.DataFrame | None) -> None:
+        return None
 
 
 class AdamNetwork(Perceptron):
@@ -280,7 +287,9 @@ def make_learner(
     if settings:
         raise ConfigError(f"learner.kind={kind} has no settings, but {', '.join(map(str, settings))} is given")
     # what our detector adds beside hidden states is not the paper's: no probe, no image tokens
-    return Detector(kind, features=columns, hidden_probe=False, visual_consistency=False, seed=seed, **selection)
+    return MeasuredDetector(
+        kind, features=columns, hidden_probe=False, visual_consistency=False, seed=seed, **selection
+    )
 
 
 def describe_learner(learner: Mapping[str, Any] | None, columns: int) -> str:

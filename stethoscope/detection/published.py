@@ -19,7 +19,7 @@ import pandas as pd
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.token_table import MentionSelection, feature_matrix, feature_names
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.learners import describe_learner, make_learner
+from stethoscope.detection.learners import MeasuredDetector, describe_learner, make_learner
 from stethoscope.features import FEATURES, FeatureSet, named_set, set_names
 from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import COST_CLASSES, FORWARD
@@ -72,7 +72,8 @@ class PublishedScores:
 
 def columns_of(features: FeatureSet, columns: Sequence[str]) -> tuple[str, ...]:
     """Return the columns that belong to a feature of the set."""
-    return tuple(column for column in columns if feature_of(column) in features.names)
+    names = set(features.names)
+    return tuple(column for column in columns if feature_of(column) in names)
 
 
 def cost_of(columns: Sequence[str]) -> str:
@@ -132,13 +133,13 @@ def refits(detector: Detector, names: Sequence[str], columns: Sequence[str]) -> 
     """
     computed = {feature_of(column) for column in columns}
     check_sets(names, computed)
-    detectors = {}
+    detectors: dict[str, Detector] = {}
     for name in names:
         features = named_set(name)
         available, total = len(computed & set(features.names)), len(features.names)
         label = name if available == total else f"{name} ({available} of {total} features)"
         own = list(columns_of(features, columns))
-        detectors[label] = Detector(**{**detector.settings, "features": own, "exclude": []})
+        detectors[label] = MeasuredDetector(**{**detector.settings, "features": own, "exclude": []})
     return detectors
 
 

@@ -13,7 +13,9 @@ from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import feature_names, require
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.detector_results import Ablation, DetectorResults, Difference
+from stethoscope.detection.estimators import SharedFits
 from stethoscope.detection.leaderboard import build_leaderboard
+from stethoscope.detection.learners import MeasuredDetector
 from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.detection.published import refits
 from stethoscope.detection.score_metrics import evaluate_scores
@@ -86,9 +88,11 @@ def train_detector(
     detectors = {"detector": detector, **others}
     if len(detectors) <= len(others):
         raise ConfigError("a detector to compare with cannot have the name of the main one, 'detector'")
+    train, calibration = table[folds["train"]], table[folds["calibration"]]
+    shared = SharedFits() if others else None
     for name, candidate in detectors.items():
         report(f"fitting {name}")
-        candidate.fit(table[folds["train"]], table[folds["calibration"]])
+        candidate.fit(train, calibration, shared)
     report("measuring")
     board = build_leaderboard(table, detectors, folds, replicates, seed, published=published)
     parts = {name: detector.select_mentions(table[mask]) for name, mask in folds.items()}
@@ -205,11 +209,12 @@ def ablate(
     if test["label"].nunique() < 2:
         raise DataError("the test fold lacks hallucinated or grounded mentions: run the task on more samples")
     scores = {"detector": detector.predict(test)}
+    train, calibration, shared = table[folds["train"]], table[folds["calibration"]], SharedFits()
     for group, columns in groups.items():
         progress(f"fitting without {group} ({len(columns)} columns)")
         remaining = [name for name in detector.features if name not in set(columns)]
         settings = {**detector.settings, "features": remaining, "exclude": [], "threshold": "f1"}
-        refitted = Detector(**settings).fit(table[folds["train"]], table[folds["calibration"]])
+        refitted = MeasuredDetector(**settings).fit(train, calibration, shared)
         scores[f"without {group}"] = refitted.predict(test)
     resamples = group_weights(test["group"].to_numpy(dtype=str), replicates, seed)
     figures = evaluate_scores(test, scores, resamples)

@@ -19,7 +19,14 @@ from sklearn.preprocessing import StandardScaler
 
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.compiled_classifiers import compile_classifier
-from stethoscope.detection.estimators import Stacked, add_prefix, inner_folds, restore_estimator
+from stethoscope.detection.estimators import (
+    SharedFits,
+    Stacked,
+    add_prefix,
+    inner_folds,
+    make_once,
+    restore_estimator,
+)
 from stethoscope.detection.inference import LinearClassifier
 
 FEATURE = "attended_embedding"
@@ -118,6 +125,45 @@ class GroundingClassifier(BaseEstimator):
         return np.where(np.isfinite(columns), columns, 0.0)
 
 
+def cross_fit(
+    evidence: np.ndarray,
+    evidence_labels: np.ndarray,
+    further_evidence: np.ndarray,
+    further_labels: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    objects: int,
+    draft: bool,
+) -> tuple[GroundingClassifier, np.ndarray]:
+    """Fit a classifier of evidence on mentions, and reduce each of them by one that was fitted without its image.
+
+    Args:
+        evidence: (rows, dimensions and the object) of ``GroundingClassifier.fit``.
+        evidence_labels: (rows,) that it learns.
+        further_evidence: (others, dimensions and the object) of further mentions, of which every classifier learns.
+        further_labels: (others,) of theirs.
+        labels: (rows,) of 0 and 1, by which the folds are made.
+        groups: (rows,) image ids.
+        objects: as in ``GroundingClassifier``.
+        draft: as in ``VisualConsistency``.
+
+    Returns:
+        The classifier and (rows, 2) columns, which are its own where there are too few images for folds.
+    """
+
+    def fitted_on(rows: np.ndarray | slice) -> GroundingClassifier:
+        parts = np.vstack([evidence[rows], further_evidence]), np.concatenate([evidence_labels[rows], further_labels])
+        return GroundingClassifier(objects, DRAFT_TOLERANCE if draft else TOLERANCE).fit(*parts)
+
+    folds, columns = inner_folds(groups, labels, draft), np.zeros((len(evidence), len(COLUMNS)))
+    for train, test in folds or ():
+        grounding = fitted_on(train)
+        columns[test] = grounding.transform(evidence[test])
+    if folds is None or not draft:  # a draft judges by the classifier of its last fold
+        grounding = fitted_on(slice(None))
+    return grounding, grounding.transform(evidence) if folds is None else columns
+
+
 class VisualConsistency(Stacked):
     """A classifier whose first columns are the output of ``GroundingClassifier`` on the last ones.
 
@@ -133,6 +179,7 @@ class VisualConsistency(Stacked):
             whether the object is there.
         unlabelled: (rows, columns) of further mentions for the evidence, with ``taught``; None for none.
         draft: cross-fit in fewer folds, with ``DRAFT_TOLERANCE``, and judge others by the classifier of the last fold.
+        shared: fits in common with other detectors; None for none.
     """
 
     def __init__(
@@ -144,28 +191,18 @@ class VisualConsistency(Stacked):
         taught: bool = False,
         unlabelled: np.ndarray | None = None,
         draft: bool = False,
+        shared: SharedFits | None = None,
     ) -> None:
         self.classifier, self.size, self.objects, self.C = classifier, size, objects, C
-        self.taught, self.unlabelled, self.draft = taught, unlabelled, draft
+        self.taught, self.unlabelled, self.draft, self.shared = taught, unlabelled, draft, shared
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> VisualConsistency:
         """Fit on (rows, own columns + dimensions + object), labels and image ids."""
         own, evidence = X[:, : -self.size], X[:, -self.size :]
         more = X[:0] if self.unlabelled is None else self.unlabelled
         labels, further = self._evidence_labels(X, y), self._evidence_labels(more, np.zeros(len(more)))
-
-        def fitted_on(rows: np.ndarray | slice) -> GroundingClassifier:
-            parts = np.vstack([evidence[rows], more[:, -self.size :]]), np.concatenate([labels[rows], further])
-            return GroundingClassifier(self.objects, DRAFT_TOLERANCE if self.draft else TOLERANCE).fit(*parts)
-
-        folds, grounding = inner_folds(groups, y, self.draft), np.zeros((len(X), len(COLUMNS)))
-        for train, test in folds or ():
-            self.grounding_ = fitted_on(train)
-            grounding[test] = self.grounding_.transform(evidence[test])
-        if folds is None or not self.draft:  # a draft judges by the classifier of its last fold
-            self.grounding_ = fitted_on(slice(None))
-        if folds is None:
-            grounding = self.grounding_.transform(evidence)
+        data = (evidence, labels, more[:, -self.size :], further, y, groups)
+        self.grounding_, grounding = make_once(self.shared, cross_fit, *data, self.objects, self.draft)
         self._fit_classifier(np.hstack([grounding, own]), y, groups)
         self.held_out_ = getattr(self.classifier_, "held_out_", None)
         return self

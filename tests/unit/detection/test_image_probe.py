@@ -1,5 +1,6 @@
 """Is the object that a mention names among the picture's tokens?"""
 
+import copy
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from stethoscope.core.errors import ArtefactError, DataError
 from stethoscope.core.token_table import mention_rows, pack_vectors, unpack_vectors
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.estimators import SharedFits
 from stethoscope.detection.image_probe import COLUMN, UNITS, ImageProbe, backward, fit_image_probe
 from stethoscope.detection.leaderboard import shuffled_predictions
 from stethoscope.detection.learners import make_learner
@@ -167,6 +169,45 @@ def test_mentions_of_a_picture_are_scored_by_a_probe_without_it(seeing):
     assert own[1][rows] == pytest.approx(changed[1][rows])
     assert own[0].scores(first[0], seeing.inputs.objects) == pytest.approx(scores)
     assert not np.allclose(own[1], scores)
+
+
+def test_fits_in_common_are_made_once_and_change_nothing():
+    def with_states(table):
+        states = {f"hidden_last_q_d{i:04d}": table["attended_embedding_d0000"] * (i + 1) % 1 for i in range(4)}
+        return table.assign(**states, verify_odds=np.where(table["mention_index"] < 0, np.nan, 1 - 2 * table["label"]))
+
+    train, calibration, test = map(with_states, (TRAIN, CALIBRATION, TEST))
+    shared, sets = SharedFits(), (None, ["mass", "hidden_*", "attended_*"], ["nll", "hidden_*"])
+    first, second, third = (Detector(C=0.1, features=features).fit(train, calibration, shared) for features in sets)
+    for detector, features in zip((first, second, third), sets, strict=True):
+        alone = Detector(C=0.1, features=features).fit(train, calibration)
+        assert np.array_equal(detector.predict(test), alone.predict(test))
+    probes = [detector.design.image_probe for detector in (first, second, third)]
+    assert probes[0] is probes[1] is probes[2] is not None
+    looks, others = first.model.model, second.model.model
+    assert looks.grounding_ is others.grounding_
+    assert looks.classifier_.probe_ is others.classifier_.probe_ is third.model.model.probe_
+    fifth = Detector(C=0.1, features=sets[2], seed=5).fit(train, calibration, shared)
+    assert fifth.design.image_probe is not probes[0]
+    assert fifth.model.model.probe_ is not third.model.model.probe_
+
+
+def test_only_equal_fits_are_shared():
+    calls = []
+
+    def fit(*inputs):
+        calls.append(inputs)
+        return len(calls)
+
+    shared, values = SharedFits(), np.arange(6.0)
+    assert shared.make(fit, values, None, "a") == copy.deepcopy(shared).make(fit, values[::-1][::-1], None, "a") == 1
+    for other in (values.reshape(2, 3), values.astype(int), values[1:], values[None], np.zeros(0), [values]):
+        count = len(calls)
+        assert shared.make(fit, other, None, "a") == count + 1
+    assert shared.make(fit, ["ab", "c"]) != shared.make(fit, ["a", "bc"])
+    assert shared.make(fit, np.array(["ab", "c"])) != shared.make(fit, np.array(["a", "bc"]))
+    with pytest.raises(TypeError):
+        shared.make(fit, np.array([None]))  # whose bytes do not say what it holds
 
 
 def test_names_that_are_not_known_get_a_probability(seeing):
