@@ -88,7 +88,8 @@ def available_methods(table: pd.DataFrame) -> list[Method]:
     Args:
         table: mentions of the training fold.
     """
-    columns = [name for name in feature_names(table) if table[name].notna().any()]
+    names = list(feature_names(table))
+    columns = [name for name, known in table[names].notna().any().items() if known]
     columns += [name for name, same in EQUIVALENT.items() if name not in columns and same in columns]
     methods = []
     for name, features in _published_sets():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import Resamples
-from stethoscope.metrics.ranking import FloatOrArray, Order, Ranking, checked, divide
+from stethoscope.metrics.ranking import FloatOrArray, Order, Ranking, as_result, checked, divide
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,30 +59,53 @@ class LabelledMentions:
 
     Attributes:
         labels: (rows,) 1 hallucinated, 0 grounded.
-        bins: (rows,) integer bins by controlled AUROC.
+        bins: the mentions in bins, by controlled AUROC.
         first: (rows,) whether it is the first mention of its object in the answer.
     """
 
     labels: np.ndarray
-    bins: Mapping[str, np.ndarray]
+    bins: Mapping[str, classification.Bins]
     first: np.ndarray
 
     @classmethod
     def of(cls, rows: pd.DataFrame) -> LabelledMentions:
         """Read labels, bins and repetitions of labelled mention rows."""
-        return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat_index"].to_numpy() == 0)
+        labels = rows["label"].to_numpy(dtype=int)
+        bins = {name: classification.Bins.of(labels == 1, bins) for name, bins in control_bins(rows).items()}
+        return cls(labels, bins, rows["repeat_index"].to_numpy() == 0)
+
+    def weighted(self, weights: np.ndarray) -> WeightedMentions:
+        """Sum up what the metrics of all scores have in common, for (replicates, rows) weights."""
+        matrix = np.ascontiguousarray(weights.T)
+        return WeightedMentions(matrix, {name: bins.totals(matrix) for name, bins in self.bins.items()})
 
     def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, FloatOrArray]:
         """Compute the metrics of ``AREAS`` that compare mentions within bins, each in [0, 1]."""
+        _, scores, matrix, single = checked(self.labels, scores, weights)
+        order = np.argsort(-scores, kind="stable")
         return {
-            name: classification.auroc_within(self.labels, scores, bins, weights) for name, bins in self.bins.items()
+            name: as_result(bins.sort(scores, order).auroc(matrix, bins.totals(matrix)), single)
+            for name, bins in self.bins.items()
         }
 
     def sort(self, scores: np.ndarray, probability: bool) -> SortedScores:
         """Sort the mentions by (rows,) scores, once for all replicates."""
         labels, scores, _, _ = checked(self.labels, scores, None)
-        bins = {name: classification.BinOrder.of(labels, scores, bins) for name, bins in self.bins.items()}
+        order = np.argsort(-scores, kind="stable")
+        bins = {name: bins.sort(scores, order) for name, bins in self.bins.items()}
         return SortedScores(self, scores, probability, Order.of(labels, scores), bins)
+
+
+class WeightedMentions(NamedTuple):
+    """Weights of the mentions of a fold, in a chunk of replicates.
+
+    Attributes:
+        matrix: (rows, replicates).
+        totals: ``Bins.totals`` of these weights, by controlled AUROC.
+    """
+
+    matrix: np.ndarray
+    totals: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -103,18 +126,13 @@ class SortedScores:
     order: Order
     bins: Mapping[str, classification.BinOrder]
 
-    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Compute all metrics for a chunk of replicates, (replicates,) each.
-
-        Args:
-            weights: (replicates, rows) of ``Resamples``.
-        """
-        matrix, mentions = np.ascontiguousarray(weights.T), self.mentions
+    def figures(self, weighted: WeightedMentions) -> dict[str, np.ndarray]:
+        """Compute all metrics for a chunk of replicates, (replicates,) each."""
+        matrix, mentions = weighted.matrix, self.mentions
         ranking = Ranking(self.order, matrix)
         figures: dict[str, FloatOrArray] = {"auroc": ranking.auroc()}
         for name, bins in self.bins.items():
-            right, pairs = bins.pairs(matrix)
-            figures[name] = divide(right.sum(axis=0), pairs.sum(axis=0))
+            figures[name] = bins.auroc(matrix, weighted.totals[name])
         if not mentions.first.all():
             figures["auroc_first"] = Ranking(self.order, matrix * mentions.first[:, None]).auroc()
         figures |= {
@@ -129,8 +147,8 @@ class SortedScores:
         }
         if self.probability:
             figures |= {
-                "ece": classification.ece(mentions.labels, self.scores, weights),
-                "brier": classification.brier(mentions.labels, self.scores, weights),
+                "ece": classification.ece(mentions.labels, self.scores, matrix.T),
+                "brier": classification.brier(mentions.labels, self.scores, matrix.T),
             }
         figures["base_rate"] = divide(ranking.totals[0], matrix.sum(axis=0))
         return {name: np.asarray(figure) for name, figure in figures.items()}
@@ -154,12 +172,13 @@ def evaluate_scores(
     ordered = {name: mentions.sort(values, True) for name, values in probabilities.items()}
     ordered |= {name: mentions.sort(values, False) for name, values in (scores or {}).items()}
 
-    # chunks of replicates are the outer loop, so that their weights are computed once
+    # chunks of replicates are the outer loop, so that what weights alone decide is computed once
     def evaluate_chunk(weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+        weighted = mentions.weighted(weights)
         return {
             (name, metric): figure
             for name, values in ordered.items()
-            for metric, figure in values.figures(weights).items()
+            for metric, figure in values.figures(weighted).items()
         }
 
     return resamples.apply(evaluate_chunk)

@@ -81,21 +81,23 @@ def train_detector(
             different rows.
         DataError: a fold is too small to learn from, to measure on, or to guarantee a threshold.
     """
-    require(table, ("group", "token", "object", "mention_index"))
+    require(table, ("group", "token", "object", "mention_index", "label", "repeat_index"))
     report = progress or (lambda line: None)
     folds = split_folds(table["group"], fractions, seed)
+    named = (table["label"].to_numpy() >= 0) | (table["repeat_index"].to_numpy() >= 0)
+    table, parts_of = table[named], {name: mask[named] for name, mask in folds.items()}  # nothing reads other tokens
     others = {**(compare_with or {}), **refits(detector, sets, feature_names(table))}
     detectors = {"detector": detector, **others}
     if len(detectors) <= len(others):
         raise ConfigError("a detector to compare with cannot have the name of the main one, 'detector'")
-    train, calibration = table[folds["train"]], table[folds["calibration"]]
+    train, calibration = table[parts_of["train"]], table[parts_of["calibration"]]
     shared = SharedFits() if others else None
     for name, candidate in detectors.items():
         report(f"fitting {name}")
         candidate.fit(train, calibration, shared)
     report("measuring")
-    board = build_leaderboard(table, detectors, folds, replicates, seed, published=published)
-    parts = {name: detector.select_mentions(table[mask]) for name, mask in folds.items()}
+    board = build_leaderboard(table, detectors, parts_of, replicates, seed, published=published)
+    parts = {name: detector.select_mentions(table[mask]) for name, mask in parts_of.items()}
     split = {
         "unit": "image",
         "fractions": dict(zip(folds, map(float, fractions), strict=True)),
@@ -110,7 +112,7 @@ def train_detector(
             parts["test"]["label"].to_numpy(dtype=int), detector.predict(parts["test"])
         ),
         threshold=evaluate_threshold(parts["test"], detector, replicates, seed),
-        ablations=ablate(table, detector, folds, replicates, seed, report) if ablation else None,
+        ablations=ablate(table, detector, parts_of, replicates, seed, report) if ablation else None,
     )
     detector.notes |= {"split": split, "figures": board.row("detector").to_dict()["metrics"]}
     return TrainingResult(detector, results, folds)

@@ -103,18 +103,46 @@ def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class ClassOrder:
+    """The items of one class by falling score, and where their scores lie among those of the other class.
+
+    Attributes:
+        rows: (k,) index of every item.
+        starts: (scores,) first item of each of the class's distinct scores.
+        level: (scores,) index of each among the distinct scores of all items.
+        above: (scores,) number of distinct scores of the other class that are higher.
+        at_least: (scores,) number of those that are as high or higher.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    level: np.ndarray
+    above: np.ndarray
+    at_least: np.ndarray
+
+    def sums(self, matrix: np.ndarray) -> np.ndarray:
+        """Sum up (n, replicates) over the first 0, 1, ... distinct scores, (scores + 1, replicates)."""
+        sums = cumulate(matrix, self.rows)
+        return sums if len(self.starts) == len(self.rows) else sums.take(np.append(self.starts, len(self.rows)), axis=0)
+
+    def weights(self, matrix: np.ndarray) -> np.ndarray:
+        """Add up (n, replicates) where scores are equal, (scores, replicates)."""
+        weights = matrix.take(self.rows, axis=0)
+        return weights if len(self.starts) == len(weights) else np.add.reduceat(weights, self.starts, axis=0)
+
+
+@dataclass(frozen=True)
 class Order:
     """The order of labelled items by falling score, for any weights.
 
     Attributes:
-        labels: (n,) bool, in this order.
-        rows: (n,) index of every item.
-        starts: (distinct scores,) where each score begins.
+        levels: number of distinct scores.
+        hallucinated, grounded: the items of either class.
     """
 
-    labels: np.ndarray
-    rows: np.ndarray
-    starts: np.ndarray
+    levels: int
+    hallucinated: ClassOrder
+    grounded: ClassOrder
 
     @classmethod
     def of(cls, labels: np.ndarray, scores: np.ndarray) -> Order:
@@ -125,22 +153,46 @@ class Order:
             scores: (n,) finite.
         """
         rows = np.argsort(-scores, kind="stable")
-        return cls(labels[rows], rows, np.flatnonzero(np.diff(scores[rows], prepend=np.nan) != 0))
+        level = np.cumsum(np.diff(scores[rows], prepend=np.nan) != 0) - 1
+        chosen = [rows[labels[rows] == kind] for kind in (True, False)]
+        levels_of = [level[labels[rows] == kind] for kind in (True, False)]
+        starts = [np.flatnonzero(np.diff(of_class, prepend=-1)) for of_class in levels_of]
+        own, other = (of_class[first] for of_class, first in zip(levels_of, starts, strict=True))
+        parts = [
+            ClassOrder(chosen[i], starts[i], mine, *(np.searchsorted(others, mine, side) for side in ("left", "right")))
+            for i, (mine, others) in enumerate(((own, other), (other, own)))
+        ]
+        return cls(int(level[-1]) + 1 if len(level) else 0, *parts)
 
-    def by_score(self, weights: np.ndarray) -> np.ndarray:
-        """Add up (n, replicates) in this order where scores are equal, (distinct scores, replicates)."""
-        return weights if len(self.starts) == len(weights) else np.add.reduceat(weights, self.starts, axis=0)
+    @cached_property
+    def common(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices, among the distinct scores of either class, of those that both classes have."""
+        shared = self.hallucinated.at_least > self.hallucinated.above
+        return np.flatnonzero(shared), self.hallucinated.above[shared]
 
-    def cumulated(self, matrix: np.ndarray, kind: bool) -> np.ndarray:
-        """Sum up the weights of a class at each score or above, (distinct scores, replicates)."""
-        chosen = self.labels == kind
-        counts = np.append(np.cumsum(chosen)[self.starts[1:] - 1], chosen.sum())[: len(self.starts)]
-        return cumulate(matrix, self.rows[chosen]).take(counts, axis=0)
+    def counts(self, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Count the distinct scores of either class that are as high as some of all items' or higher.
+
+        Args:
+            levels: (k,) indices among the distinct scores of all items.
+        """
+        hallucinated, grounded = self.hallucinated.level, self.grounded.level
+        return np.searchsorted(hallucinated, levels, "right"), np.searchsorted(grounded, levels, "right")
+
+    @cached_property
+    def changes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of distinct scores behind which a run of grounded items alone begins (1) or ends (-1), and which."""
+        alone = np.zeros(self.levels + 2)  # nothing before the first score and behind the last
+        alone[1 + self.grounded.level[self.grounded.at_least == self.grounded.above]] = 1
+        steps = np.diff(alone)
+        return np.flatnonzero(steps) - 1, steps[steps != 0]
 
 
 @dataclass(frozen=True)
 class Ranking:
     """Weight of either class at each distinct score, from the highest score to the lowest.
+
+    Sums over items are taken over the distinct scores of one class, at which alone they change.
 
     Attributes:
         order: of the items.
@@ -166,83 +218,95 @@ class Ranking:
         return cls(Order.of(labels, scores), matrix)
 
     @cached_property
-    def _classes(self) -> tuple[np.ndarray, np.ndarray]:
-        weights = self.matrix.take(self.order.rows, axis=0)
-        positive = weights * self.order.labels[:, None]
-        negative = np.subtract(weights, positive, out=weights)
-        return self.order.by_score(positive), self.order.by_score(negative)
-
-    @property
-    def positive(self) -> np.ndarray:
-        """(distinct scores, replicates) weight of the hallucinated items."""
-        return self._classes[0]
-
-    @property
-    def negative(self) -> np.ndarray:
-        """(distinct scores, replicates) weight of the grounded items."""
-        return self._classes[1]
+    def hallucinated(self) -> np.ndarray:
+        """(scores, replicates) weight of the hallucinated items at each of their distinct scores."""
+        return self.order.hallucinated.weights(self.matrix)
 
     @cached_property
+    def grounded(self) -> np.ndarray:
+        """(scores, replicates) weight of the grounded items at each of their distinct scores."""
+        return self.order.grounded.weights(self.matrix)
+
+    @cached_property
+    def _hallucinated_sums(self) -> np.ndarray:
+        return self.order.hallucinated.sums(self.matrix)
+
+    @cached_property
+    def _grounded_sums(self) -> np.ndarray:
+        return self.order.grounded.sums(self.matrix)
+
+    @property
+    def _true(self) -> np.ndarray:
+        """(scores, replicates) weight of the hallucinated items at each of their scores or above."""
+        return self._hallucinated_sums[1:]
+
+    @cached_property
+    def _false(self) -> np.ndarray:
+        """(scores, replicates) weight of the grounded items at each score of hallucinated ones or above."""
+        return self._grounded_sums.take(self.order.hallucinated.at_least, axis=0)
+
+    @cached_property
+    def _flagged(self) -> np.ndarray:
+        """(scores, replicates) weight of all items at each score of hallucinated ones or above."""
+        return self._true + self._false
+
+    @property
     def true(self) -> np.ndarray:
         """(distinct scores, replicates) weight of the hallucinated items at this score or above."""
-        return self.order.cumulated(self.matrix, True)
+        return self._hallucinated_sums.take(self.order.counts(np.arange(self.order.levels))[0], axis=0)
 
-    @cached_property
+    @property
     def false(self) -> np.ndarray:
         """(distinct scores, replicates) weight of the grounded items at this score or above."""
-        return self.order.cumulated(self.matrix, False)
+        return self._grounded_sums.take(self.order.counts(np.arange(self.order.levels))[1], axis=0)
 
     @cached_property
     def totals(self) -> tuple[np.ndarray, np.ndarray]:
         """(replicates,) weight of all hallucinated and of all grounded items."""
-        if not len(self.order.starts):
-            return np.zeros(self.matrix.shape[1]), np.zeros(self.matrix.shape[1])
-        return self.true[-1], self.false[-1]
+        return self._hallucinated_sums[-1], self._grounded_sums[-1]
 
     def auroc(self) -> np.ndarray:
         """Compute the area under the ROC curve, (replicates,) in [0, 1]."""
         pairs = np.prod(self.totals, axis=0)
         # pairs in the wrong order: grounded items above each hallucinated one, and half of those at the same score
-        wrong = _dot(self.positive, self.false) - _dot(self.positive, self.negative) / 2
+        wrong, (own, other) = _dot(self.hallucinated, self._false), self.order.common
+        if len(own):
+            wrong -= _dot(self.hallucinated[own], self.grounded[other]) / 2
         return divide(pairs - wrong, pairs)
 
     def auprc(self) -> np.ndarray:
         """Compute the average precision, (replicates,) in [0, 1], of the hallucinated items."""
-        flagged = self.true + self.false
-        precision = np.divide(self.true, flagged, out=flagged, where=flagged > 0)
-        return self._both(_dot(self.positive, precision), self.totals[0])
+        precision = np.divide(self._true, self._flagged, out=np.zeros(self._true.shape), where=self._flagged > 0)
+        return self._both(_dot(self.hallucinated, precision), self.totals[0])
 
     def auprc_grounded(self) -> np.ndarray:
         """Compute the average precision, (replicates,) in [0, 1], of the grounded items, for which low scores speak."""
         hallucinated, grounded = self.totals
-        right = grounded - self.false
-        right += self.negative  # at this score or below
-        flagged = hallucinated - self.true
-        flagged += self.positive
+        right = grounded - self._grounded_sums[:-1]  # at this score or below
+        flagged = self._hallucinated_sums.take(self.order.grounded.above, axis=0)
+        np.subtract(hallucinated, flagged, out=flagged)
         flagged += right
-        precision = np.divide(right, flagged, out=flagged, where=flagged > 0)
-        return self._both(_dot(self.negative, precision), grounded)
+        precision = np.divide(right, flagged, out=right, where=flagged > 0)
+        return self._both(_dot(self.grounded, precision), grounded)
 
     def fpr_at_tpr(self, level: float) -> np.ndarray:
         """Compute the lowest false-positive rate, (replicates,), at which the true-positive rate is ``level``."""
-        if not len(self.positive):
-            return np.full(self.positive.shape[1], np.nan)
+        if not len(self._true):
+            return np.full(self.matrix.shape[1], np.nan)
         # the slack keeps rounding of level * total from requiring one more item
-        first = np.argmax(self.true >= level * self.totals[0] * (1 - 1e-12), axis=0)
-        return self._both(self.false[first, np.arange(first.size)], self.totals[1])
+        first = np.argmax(self._true >= level * self.totals[0] * (1 - 1e-12), axis=0)
+        return self._both(self._false[first, np.arange(first.size)], self.totals[1])
 
     def recall_at_precision(self, level: float) -> np.ndarray:
         """Compute the highest recall, (replicates,), at a precision of at least ``level``; else 0."""
-        precise = self.true >= level * (self.true + self.false) * (1 - 1e-12)
-        return self._both(np.max(self.true * precise, axis=0, initial=0.0), self.totals[0])
+        precise = self._true >= level * self._flagged * (1 - 1e-12)
+        return self._both(np.max(self._true * precise, axis=0, initial=0.0), self.totals[0])
 
     def tpr_at_fpr(self, level: float) -> np.ndarray:
         """Compute the highest true-positive rate, (replicates,), at a false-positive rate of at most ``level``."""
-        count = (self.false <= level * self.totals[1] * (1 + 1e-12)).sum(axis=0)  # scores at which that holds
-        if not len(self.true):
-            return np.full(count.size, np.nan)
-        reached = np.where(count > 0, self.true[count - 1, np.arange(count.size)], 0)
-        return self._both(reached, self.totals[0])
+        count = (self._grounded_sums[1:] <= level * self.totals[1] * (1 + 1e-12)).sum(axis=0)  # scores at which it is
+        above = np.append(self.order.grounded.above, len(self._true))  # the next one
+        return self._both(self._hallucinated_sums[above[count], np.arange(count.size)], self.totals[0])
 
     @cached_property
     def accuracy_kept(self) -> np.ndarray:
@@ -256,20 +320,27 @@ class Ranking:
         """
         wrong, right = self.totals
         total = wrong + right
-        below = self.true + self.false
-        np.maximum(np.subtract(total, below, out=below), 0, out=below)  # items of lower scores
-        sums, first = _harmonic_sums(below), _harmonic_sums(total)
-        grounded, both = np.asarray(self.negative.any(axis=1)), np.asarray(self.positive.any(axis=1))
-        both = np.asarray(both & grounded)
         # rows of one class have a share of 0 or 1: only those where the share changes count
-        changes = np.diff(np.append(grounded & ~both, False).astype(np.float64))
-        area = right * harmonic(total) - changes @ sums
-        if len(grounded) and grounded[0] and not both[0]:
-            area -= first
-        if both.any():
-            before = np.concatenate([first[None], sums])[:-1][both] - sums[both]
-            area -= _dot(np.nan_to_num(divide(self.negative[both], self.negative[both] + self.positive[both])), before)
+        levels, steps = self.order.changes
+        area = right * harmonic(total) - steps @ self._sums_below(levels)
+        own, other = self.order.common
+        if len(own):
+            levels, positive, negative = (
+                self.order.hallucinated.level[own],
+                self.hallucinated[own],
+                self.grounded[other],
+            )
+            parts = self._sums_below(levels - 1) - self._sums_below(levels)
+            area -= _dot(np.nan_to_num(divide(negative, negative + positive)), parts)
         return divide(area, total)
+
+    def _sums_below(self, levels: np.ndarray) -> np.ndarray:
+        """Compute S (``accuracy_kept``) of the weight of lower scores than some, (k, replicates); -1 is before all."""
+        true, false = self.order.counts(levels)
+        below = self._hallucinated_sums.take(true, axis=0)
+        below += self._grounded_sums.take(false, axis=0)
+        np.maximum(np.subtract(np.add(*self.totals), below, out=below), 0, out=below)
+        return _harmonic_sums(below)
 
     def aurc(self) -> np.ndarray:
         """Compute the area under the risk-coverage curve, (replicates,) in [0, 1]; lower is better.
