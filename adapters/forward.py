@@ -397,6 +397,8 @@ class ForwardRunner:
     def logits(self, forward: ForwardPass, rows: Tensor | None = None) -> Tensor:
         """Run a pass and return the (B, T, V) float32 logits of its rows; the head runs on no other rows.
 
+        Where a shorter answer repeats its last row, the logits may be those of its padding.
+
         Args:
             forward: the pass.
             rows: (B, T) query positions; ``forward.rows`` by default.
@@ -406,6 +408,8 @@ class ForwardRunner:
         options = self.positions_to_keep(positions.tolist())
         logits = self.model(**forward.inputs, **options, use_cache="past_key_values" in forward.inputs).logits
         columns = torch.searchsorted(positions, rows) if options else rows
+        if torch.equal(columns, torch.arange(logits.shape[1]).minimum(columns[:, -1:])):
+            return logits.float()  # no copy of them, nor of their gradient
         return logits[torch.arange(len(rows))[:, None].to(logits.device), columns.to(logits.device)].float()
 
     def positions_to_keep(self, positions: Sequence[int]) -> dict[str, list[int]]:

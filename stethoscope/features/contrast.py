@@ -46,7 +46,7 @@ def blank_divergence(trace: Trace) -> Tensor:
     Lower means hallucinated.
     """
     difference = logprobs(trace) - logprobs(trace, "blank_logits")
-    return (probabilities(trace) * difference).sum(-1).clamp(min=0)
+    return difference.mul_(probabilities(trace)).sum(-1).clamp(min=0)
 
 
 # --- contrast with a noised image (VCD) -----------------------------------------------------------------------------
@@ -148,6 +148,6 @@ def core_gap(trace: Trace) -> Tensor:
 def _jensen_shannon(trace: Trace, part: TensorPart) -> Tensor:
     """Compute the (T,) divergence between the prediction and a contrasted one, in nats, in [0, log 2]."""
     first, other = probabilities(trace), probabilities(trace, part)
-    middle = ((first + other) / 2).clamp(min=1e-38).log()
-    divergences = [(first * (logprobs(trace) - middle)).sum(-1), (other * (logprobs(trace, part) - middle)).sum(-1)]
-    return (divergences[0] + divergences[1]).clamp(min=0) / 2
+    middle = (first + other).div_(2).clamp_(min=1e-38).log_()  # in place, as all (T, V) below: a third of the time
+    divergence = (logprobs(trace) - middle).mul_(first).sum(-1)
+    return (divergence + middle.neg_().add_(logprobs(trace, part)).mul_(other).sum(-1)).clamp(min=0) / 2

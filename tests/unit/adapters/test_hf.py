@@ -289,3 +289,23 @@ def test_extend_marks_answer_tokens_as_the_family_does():
     assert extended["mm_token_type_ids"].tolist() == [[0, 0, 0]]
     assert extended["input_ids"].tolist() == [[0, 0, 4]]
     assert extend(inputs, [], "paligemma")["input_ids"].tolist() == [[0, 0]]
+
+
+def test_logits_are_those_of_the_rows_in_whatever_order():
+    adapter = tiny()
+    encoded = [adapter.encode(IMAGE, question) for question in ("what", "what is it")]
+    forward = adapter._forward.full_forward(encoded, [[5, 6, 7], [8]])
+    with torch.inference_mode():
+        whole = adapter.model(**forward.inputs).logits
+        first = forward.rows[0, 0]
+        for rows in (
+            forward.rows,
+            torch.tensor([[0, 1, 2], [0, 1, 1]]),  # the first rows, where a shorter answer repeats its last
+            torch.tensor([[2, 1, 0], [0, 1, 2]]),
+            torch.stack([torch.stack([first, first + 2]), torch.stack([first + 2, first])]),
+        ):
+            logits = adapter._forward.logits(forward, rows)
+            expected = torch.stack([sample[row] for sample, row in zip(whole, rows, strict=True)])
+            distinct = torch.ones_like(rows, dtype=torch.bool)
+            distinct[:, 1:] = rows[:, 1:] != rows[:, :-1]
+            torch.testing.assert_close(logits[distinct], expected[distinct], rtol=1e-4, atol=1e-5)
