@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stethoscope.adapters.hf import HfAdapter
+from stethoscope.testbed import MODEL_DIR
 
 
 class TestbedAdapter(HfAdapter):
@@ -19,7 +20,5 @@ class TestbedAdapter(HfAdapter):
     def __init__(self, **settings: Any) -> None:
         defaults = {"name": "testbed", "prompt": "USER: <image>\n{question} ASSISTANT:", "dtype": "float32"}
         if settings.get("random_init") is None:
-            from stethoscope.testbed import MODEL_DIR
-
             defaults["model_id"] = str(MODEL_DIR)
         super().__init__(**defaults | settings)

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 from stethoscope.adapters import tiny
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors.checkpoints import Weight, Weights
+from stethoscope.adapters.authors.mplug_owl2_model import (
+    MplugOwl2AbstractorConfig,
+    MplugOwl2Config,
+    MplugOwl2ForConditionalGeneration,
+)
 from stethoscope.adapters.authors.processor import (
     CLIP_STD,
     ImageTokenEncoder,
@@ -27,7 +32,6 @@ from stethoscope.core.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import LlamaTokenizer, PreTrainedModel
 
-    from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
     from stethoscope.tracing.trace import Encoded
 
 PLACEHOLDER = "<|image|>"
@@ -75,8 +79,6 @@ class MplugOwl2Adapter(HfAdapter):
         self.text, self.vision, self.abstractor = text, vision, abstractor
 
     def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
-        from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
-
         config = self._config()
         tokenizer = load_llama_tokenizer(self._source, self.loading)
         processor = make_processor(tokenizer, config, *read_mean_and_std(self._source, self.loading))
@@ -90,8 +92,6 @@ class MplugOwl2Adapter(HfAdapter):
     def _config(self) -> MplugOwl2Config:
         """Build the configuration; the placeholder has no id yet."""
         from transformers import CLIPVisionConfig, LlamaConfig
-
-        from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
 
         text = checkpoints.read_config(self._source, self.loading)
         visual = text.get("visual_config") or {}
@@ -113,7 +113,6 @@ class MplugOwl2Adapter(HfAdapter):
     def _skeleton(self) -> PreTrainedModel:
         if self.random_init:
             return super()._skeleton()
-        from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
 
         config = self._config()
         dtype = checkpoints.weight_dtype(checkpoints.read_config(self._source, self.loading), self.loading)
@@ -134,12 +133,6 @@ class MplugOwl2Adapter(HfAdapter):
 def build_tiny() -> tuple[PreTrainedModel, ImageTokenProcessor]:
     """Build a tiny model: 4 x 4 patches, read by 5 queries."""
     from transformers import CLIPVisionConfig, LlamaConfig
-
-    from stethoscope.adapters.authors.mplug_owl2_model import (
-        MplugOwl2AbstractorConfig,
-        MplugOwl2Config,
-        MplugOwl2ForConditionalGeneration,
-    )
 
     tokenizer = tiny.llama_tokenizer()
     width = SIZES["hidden_size"]

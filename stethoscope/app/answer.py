@@ -20,10 +20,13 @@ from stethoscope.core.text import counted
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, required
 from stethoscope.detection.lookup import AUTO
 from stethoscope.diagnosis import diagnose
+from stethoscope.diagnosis.layers_pass import read_attention
 from stethoscope.diagnosis.run_diagnosis import edit_answer
+from stethoscope.diagnosis.viewer_parts import heads_payload
 from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.streaming import Final, MentionCompleted, TakenBack, Token, stream
 from stethoscope.streaming.backtrack import Backtrack
+from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -389,11 +392,6 @@ def single_heads(pool: ModelPool, session: AnswerSession, token: object) -> str:
         DataError: there is no such token, or the picture is gone.
         CapabilityError: the model's attention cannot be recorded.
     """
-    # imported here: they import torch, which the page's other parts load with the model
-    from stethoscope.diagnosis.layers_pass import read_attention
-    from stethoscope.diagnosis.viewer_parts import heads_payload
-    from stethoscope.tracing.token_spans import token_regions
-
     question, answer = session.question, required(session.question.answer)
     if not isinstance(token, int) or not 0 <= token < len(answer.token_ids):
         raise DataError(f"the answer has no token {token!r:.20}, but {len(answer.token_ids)} of them")

@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.adapters.base import Adapter
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.component import build, choices, compose
 from stethoscope.core.errors import CapabilityError, ConfigError, unknown
@@ -28,14 +29,13 @@ from stethoscope.detection.lookup import (
     parse_setting,
 )
 from stethoscope.diagnosis import diagnose
+from stethoscope.mitigation.base import Mitigation
 from stethoscope.testbed import DETECTOR_DIR
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
-    from stethoscope.mitigation.base import Mitigation
 
 BUNDLED = "the embedded model's"
 """Name of the detector that comes with the embedded model, among those to choose from."""
@@ -171,8 +171,6 @@ class ModelPool:
         Raises:
             ConfigError: there is no such mitigation, or it needs a detector and there is none.
         """
-        from stethoscope.mitigation.base import Mitigation
-
         if name not in choices("mitigation"):
             raise ConfigError(unknown("mitigation", name, choices("mitigation")))
         if name == "none":
@@ -209,8 +207,6 @@ class ModelPool:
                 yield ready
 
     def _load(self, name: str) -> Ready:
-        from stethoscope.adapters.base import Adapter
-
         if name not in self.names:
             raise ConfigError(unknown("model", name, self.names))
         folder, live = self._first_folders

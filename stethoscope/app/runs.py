@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope import testbed
 from stethoscope.app import payload
 from stethoscope.app.answer import Question
 from stethoscope.app.model_pool import ModelPool
@@ -443,8 +444,6 @@ def write_examples(folder: Path, seed: int, count: int = 6) -> list[ExamplePictu
     Returns:
         One example for every scene.
     """
-    from stethoscope import testbed
-
     examples = []
     for scene in testbed.scenes(int(seed) + count)[int(seed) :]:
         file = folder / f"{scene.id}.png"

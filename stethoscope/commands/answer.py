@@ -9,16 +9,15 @@ from omegaconf import DictConfig
 from stethoscope.commands.common import overrides
 from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.types import Generation
+from stethoscope.evaluation.chat_client import Engine
+from stethoscope.evaluation.server_answers import ask_task
+from stethoscope.storage.answer_file import AnswerFile
+from stethoscope.tasks.base import Task
 
 
 def run(config: DictConfig) -> None:
     """Ask what the file lacks, and say where the answers are and how to go on."""
-    from stethoscope.core.types import Generation
-    from stethoscope.evaluation.chat_client import Engine
-    from stethoscope.evaluation.server_answers import ask_task
-    from stethoscope.storage.answer_file import AnswerFile
-    from stethoscope.tasks.base import Task
-
     if not config.out:
         raise ConfigError("out= should name the file of the answers, such as out=answers.jsonl")
     if not isinstance(config.overwrite, bool):

@@ -9,6 +9,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from stethoscope.adapters.base import Adapter
+from stethoscope.app.access import local_user, loopback, read_accounts, read_hosts
+from stethoscope.app.server import check_address, own_folder, start
+from stethoscope.app.sessions import Sessions
 from stethoscope.commands.common import require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError
@@ -20,9 +24,6 @@ def run(config: DictConfig) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError('gradio is not installed; pip install "lvlm-stethoscope[app]"')
     from hydra.core.hydra_config import HydraConfig
-
-    from stethoscope.app.access import local_user, loopback, read_accounts, read_hosts
-    from stethoscope.app.server import check_address, own_folder, start
 
     public = bool(config.share) or not loopback(str(config.host))
     if config.notes not in (None, True, False):
@@ -36,10 +37,8 @@ def run(config: DictConfig) -> None:
     hosts = read_hosts(config.hosts)
     check_address(str(config.host), int(config.port))
     # after what needs no torch: it takes seconds to load
-    from stethoscope.adapters.base import Adapter
     from stethoscope.app.model_pool import TRAIN_ONE, ModelPool
     from stethoscope.app.runs import Runs, write_examples
-    from stethoscope.app.sessions import Sessions
     from stethoscope.tasks.extraction import load_extraction
 
     extractor = load_extraction(config.extraction, config.plugins)

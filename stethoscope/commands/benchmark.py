@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from stethoscope.adapters.base import Adapter
 from stethoscope.commands.common import (
     answer,
     as_list,
@@ -21,28 +22,26 @@ from stethoscope.commands.common import (
 )
 from stethoscope.core.component import build
 from stethoscope.core.system import rank
+from stethoscope.core.token_table import check_patterns
+from stethoscope.features import FeatureSet
+from stethoscope.storage.run_dir import DETECTOR, RunStore
+from stethoscope.tasks.base import Task
 
 
 def run(config: DictConfig) -> None:
     """Run the whole job; errors of the configuration are raised before the model is loaded."""
-    from stethoscope.features import FeatureSet
-
     start = time.monotonic()
     folder, shares = run_dir(config), fractions(config)
     features = build(config.features, FeatureSet, "features", config.plugins)
     generation = build_generation(config, config.plugins)
 
     # after what needs neither torch nor scikit-learn: they take seconds to load
-    from stethoscope.adapters.base import Adapter
-    from stethoscope.core.token_table import check_patterns
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.published import check_sets
     from stethoscope.detection.training import fit
     from stethoscope.evaluation.edit_answers import try_features
     from stethoscope.report.examples import log_detector, log_detector_files
     from stethoscope.report.metrics_tables import print_answer, print_detector, print_results
-    from stethoscope.storage.run_dir import DETECTOR, RunStore
-    from stethoscope.tasks.base import Task
 
     adapter = build(config.model, Adapter, "model", config.plugins)
     pope = None if config.get("pope") is None else build(config.pope, Task, "pope", config.plugins)

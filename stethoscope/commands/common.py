@@ -18,19 +18,25 @@ from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
 from stethoscope.core.files import check_shape
 from stethoscope.core.text import redact_override
+from stethoscope.core.types import Generation
 from stethoscope.evaluation.callbacks import Callback
+from stethoscope.loggers.base import Logger
+from stethoscope.loggers.combined import Loggers
+from stethoscope.metrics.bootstrap import FOLDS
+from stethoscope.storage.logged_answers import read_answers
+from stethoscope.storage.reuse import reuse_answers
 from stethoscope.storage.run_dir import DETECTOR, RunStore, saved_task
+from stethoscope.storage.run_fingerprint import describe, differences
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.core.types import Generation, Sample
+    from stethoscope.core.types import Sample
     from stethoscope.detection.detector import Detector
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import RunState
-    from stethoscope.loggers.combined import Loggers
     from stethoscope.storage.logged_answers import AnswerLog
     from stethoscope.storage.records import Record
     from stethoscope.tasks.base import Task
@@ -126,9 +132,6 @@ def loggers_of(config: DictConfig) -> Iterator[Loggers]:
 
     The evaluator starts them, once the run directory has been accepted, and adds the file of events.
     """
-    from stethoscope.loggers.base import Logger
-    from stethoscope.loggers.combined import Loggers
-
     settings = run_settings(config)
     labels = [name for group in ("model", "task", "features", "detector") if (name := settings["choices"].get(group))]
     defaults = {"job_type": settings["command"], "tags": labels}
@@ -155,7 +158,6 @@ def build_generation(config: Mapping[str, Any], plugins: Sequence[str]) -> Gener
     Raises:
         ConfigError: a setting is wrong, or the method does not go with the other settings.
     """
-    from stethoscope.core.types import Generation
     from stethoscope.mitigation.base import Mitigation
 
     generation, node = build(config["generation"], Generation, "generation", plugins), config.get("mitigation")
@@ -211,8 +213,6 @@ def answer(
         generation: of ``build_generation``, so that its settings are checked before the model is built.
         more: settings of the evaluator that are not in the configuration.
     """
-    from stethoscope.storage.reuse import reuse_answers
-
     log = given_answers(config, task.name)
     answers = {"answers": log, "answer_ids": config.answers.token_ids}
     evaluator = make_evaluator(config, folder, loggers, generation, **answers, **more)
@@ -239,7 +239,6 @@ def given_answers(config: DictConfig, task: str) -> AnswerLog | None:
         return None
     if not isinstance(file, str):
         raise ConfigError(f"answers.file={file} should be the path of a log, or a mapping of task names to such paths")
-    from stethoscope.storage.logged_answers import read_answers
 
     log = read_answers(Path(file).expanduser(), config.answers.format)
     for note in log.notes:
@@ -372,8 +371,6 @@ def keep_detector(
         ConfigError: the one that is there was made with other settings.
     """
     from stethoscope.detection.artifact import MANIFEST, read_manifest
-    from stethoscope.metrics.bootstrap import FOLDS
-    from stethoscope.storage.run_fingerprint import describe, differences
 
     file, remedy = folder / "detector" / MANIFEST, "delete the folder and train again"
     if not file.is_file() or RunStore(folder).status().get(DETECTOR):  # one that is not all written is no loss

@@ -9,6 +9,7 @@ from pathlib import Path
 from stethoscope.commands.common import parse
 from stethoscope.core.component import package_names
 from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.report.tables import render_tables
 from stethoscope.storage.reuse import local_run
 from stethoscope.storage.run_dir import saved_task
 
@@ -45,7 +46,6 @@ def main(arguments: Sequence[str]) -> None:
     from stethoscope.report.compare import compare
     from stethoscope.report.run_report import table_page
     from stethoscope.report.run_source import RunReader, readable
-    from stethoscope.report.tables import render_tables
 
     words, settings = parse("compare", arguments, SETTINGS)
     if settings["format"] not in FORMATS:

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from stethoscope.adapters.base import Adapter, check_history
 from stethoscope.commands.common import build_generation, require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.files import atomic_write, read_json, write_json
 from stethoscope.core.text import console, counted, percent, visible
+from stethoscope.core.types import ImageRef
+from stethoscope.diagnosis import diagnose
+from stethoscope.diagnosis.render import VISUAL_EVIDENCE_NOTE, describe_reply, describe_visual_evidence
+from stethoscope.diagnosis.viewer_parts import describe_edit
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from stethoscope.core.types import ImageRef
     from stethoscope.diagnosis import Diagnosis
     from stethoscope.diagnosis.answer_verdicts import DiagnosedMention
 
@@ -42,10 +46,8 @@ def run(config: DictConfig) -> None:
     """Diagnose, print and write an answer; errors of the configuration are raised before the model is loaded."""
     from hydra.core.hydra_config import HydraConfig
 
-    from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.lookup import AUTO, bundled_detectors, detector_folder, parse_setting
-    from stethoscope.diagnosis import diagnose
     from stethoscope.tasks.extraction import load_extraction
 
     if not str(config.question or "").strip():
@@ -86,8 +88,6 @@ def run(config: DictConfig) -> None:
 
 def _image(config: DictConfig) -> tuple[ImageRef, tuple[str, ...] | None]:
     """Return the picture to diagnose, and of a rendered scene the objects that it shows."""
-    from stethoscope.core.types import ImageRef
-
     if config.image is not None:
         path = Path(str(config.image)).expanduser()
         return ImageRef(path.name, path), None
@@ -108,8 +108,6 @@ def read_history(path: Path) -> list[Any]:
         ArtefactError: the file is missing, or no JSON.
         ConfigError: it holds something else.
     """
-    from stethoscope.adapters.base import check_history
-
     content = read_json(path, kind=object)
     turns = [*content.get("history", []), content] if isinstance(content, dict) else content
     if isinstance(turns, list):
@@ -139,9 +137,6 @@ def show(diagnosis: Diagnosis, name: str, method: str = "") -> None:
         name: of the picture.
         method: name of the mitigation that the answer was written with; empty for none.
     """
-    from stethoscope.diagnosis.render import describe_reply
-    from stethoscope.diagnosis.viewer_parts import describe_edit
-
     terminal = console()
     turn = f" (turn {len(diagnosis.history) + 1})" if diagnosis.history else ""
     title = f"{diagnosis.model} on {name}: {diagnosis.question}{turn}" + (f" (mitigation={method})" if method else "")
@@ -248,8 +243,6 @@ def _reasons(diagnosis: Diagnosis, mention: DiagnosedMention) -> Iterator[str]:
 
 def _visual_evidence(diagnosis: Diagnosis) -> list[str]:
     """Write lines about what the image evidence of every mention resembles; none where no detector knows."""
-    from stethoscope.diagnosis.render import VISUAL_EVIDENCE_NOTE, describe_visual_evidence
-
     verdicts = [(mention.object, mention.verdict) for mention in diagnosis.mentions if mention.verdict is not None]
     lines = [
         f"  {name}: looks like {describe_visual_evidence(verdict.visual_evidence)}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.core.errors import CapabilityError, ConfigError, StethoscopeError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -177,7 +177,6 @@ def _disk() -> Iterator[Finding]:
 
 def _locks() -> Iterator[Finding]:
     """Check whether a run directory can be created and locked here, and which ones in ``runs`` are in use."""
-    from stethoscope.core.errors import StethoscopeError
     from stethoscope.storage.lock import RunLock
 
     def look() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from stethoscope.adapters.base import Adapter
 from stethoscope.commands.common import (
     answer,
     build_generation,
@@ -14,13 +15,11 @@ from stethoscope.commands.common import (
 )
 from stethoscope.core.component import build
 from stethoscope.core.system import rank
+from stethoscope.tasks.base import Task
 
 
 def run(config: DictConfig) -> None:
     """Evaluate the model, store the run and print the task's table."""
-    from stethoscope.adapters.base import Adapter
-    from stethoscope.tasks.base import Task
-
     folder = run_dir(config)
     generation = build_generation(config, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)

@@ -9,12 +9,13 @@ from omegaconf import DictConfig
 
 from stethoscope.commands.common import as_list, picture_loader
 from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.report.export import EXPORTERS, ExportSettings, RunExport, export
+from stethoscope.report.hub_export import push
 from stethoscope.storage.reuse import is_address, local_run
 
 
 def run(config: DictConfig) -> None:
     """Write the files of one target, print their names, and upload them if ``push`` says so."""
-    from stethoscope.report.export import EXPORTERS, ExportSettings, RunExport, export
     from stethoscope.report.run_source import RunReader, readable
 
     if config.to not in EXPORTERS:
@@ -43,8 +44,6 @@ def run(config: DictConfig) -> None:
         files = export(RunExport(source, chosen, settings, picture), config.to, Path(config.out))
     print("\n".join(map(str, files)))
     if config.push is not None:
-        from stethoscope.report.hub_export import push
-
         kind = "dataset" if config.to == "dataset" else "model"
         print(push(Path(config.out), str(config.push), kind, config.private))
 

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from stethoscope.adapters.base import Adapter
 from stethoscope.commands.common import build_generation, make_callbacks, report_failures, require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.core.system import rank
+from stethoscope.features import FeatureSet
+from stethoscope.features.columns import check_same_model, feature_of, matching_columns, shorten
 from stethoscope.storage.run_dir import RunStore, saved_config
+from stethoscope.tasks.base import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
-    from stethoscope.features import FeatureSet
-    from stethoscope.tasks.base import Task
 
 SAVED = ("limit", "batch_size", "seed")
 """Settings of the evaluator that are taken from the run."""
@@ -139,8 +140,6 @@ def run(config: DictConfig) -> None:
     """Trace the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.detection.lookup import load_detector, mention_warnings, write_warnings
     from stethoscope.evaluation.evaluator import Evaluator
-    from stethoscope.features import FeatureSet
-    from stethoscope.features.columns import matching_columns
     from stethoscope.tasks.extraction import other_words
 
     folder = Path(config.run)
@@ -194,8 +193,6 @@ def _saved_model_and_task(
     config: DictConfig, folder: Path, saved: dict[str, Any], asked: dict[str, Any]
 ) -> tuple[Adapter, Task]:
     """Build the model and the task of the run, from the places that they have today."""
-    from stethoscope.adapters.base import Adapter
-    from stethoscope.tasks.base import Task
     from stethoscope.tasks.extraction import FILES
 
     trusted = {key: config.model[key] for key in TRUSTED}
@@ -214,8 +211,6 @@ def _saved_model_and_task(
 
 def _check_detector(detector: Detector, features: FeatureSet, warn: str, folder: Path, task: str) -> None:
     """Raise ``ConfigError`` where the run's model or the chosen features are not those that the detector reads."""
-    from stethoscope.features.columns import check_same_model, feature_of, shorten
-
     check_same_model(detector.features, detector.notes.get("model") or {}, RunStore(folder).model(task), str(folder))
     lacking = sorted({feature_of(column) for column in detector.schema.names} - set(features.names))
     if lacking:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, open_dict
 
+from stethoscope.adapters.base import Adapter
 from stethoscope.commands.common import (
     answer,
     as_list,
@@ -26,9 +27,12 @@ from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.core.files import atomic_write, write_json
 from stethoscope.core.system import rank
 from stethoscope.core.types import Generation
+from stethoscope.evaluation.cost_meter import CostMeter, read_costs
+from stethoscope.report.tables import render_tables
+from stethoscope.storage.run_dir import RunStore, read_warnings
+from stethoscope.tasks.base import Task
 
 if TYPE_CHECKING:
-    from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Sample
     from stethoscope.detection.detector import Detector
     from stethoscope.evaluation.results import TaskResults
@@ -36,7 +40,6 @@ if TYPE_CHECKING:
     from stethoscope.report.mitigation_table import MethodComparison
     from stethoscope.report.tables import Table
     from stethoscope.storage.records import Record
-    from stethoscope.tasks.base import Task
 
 UNCHANGED, BRIEF = "none", "brief"
 
@@ -65,11 +68,8 @@ class MethodRun:
 
 def run(config: DictConfig) -> None:
     """Run every method and compare them; errors of the configuration are raised before the model is loaded."""
-    from stethoscope.adapters.base import Adapter
     from stethoscope.report.metrics_tables import print_table
     from stethoscope.report.mitigation_table import compare_methods, method_tables
-    from stethoscope.storage.run_dir import RunStore
-    from stethoscope.tasks.base import Task
 
     start, folder = time.monotonic(), run_dir(config)
     adapter = build(config.model, Adapter, "model", config.plugins)
@@ -238,8 +238,6 @@ def fitted_images(folders: Iterable[Path], samples: Sequence[Sample]) -> set[str
         ConfigError: all images were used to fit them.
         ArtefactError: a file of their runs is damaged.
     """
-    from stethoscope.storage.run_dir import RunStore, read_warnings
-
     seen: set[str] = set()
     for path in folders:
         lines = read_warnings(path.parent) if path.name == "detector" else []
@@ -293,7 +291,6 @@ def answer_all(
         tasks: that of the descriptions last.
         detector: that judges what was written; None for none.
     """
-    from stethoscope.evaluation.cost_meter import CostMeter
     from stethoscope.evaluation.edit_answers import read_features
     from stethoscope.evaluation.evaluator import Evaluator
 
@@ -332,9 +329,7 @@ def collect(
         excluded: images whose descriptions are left out.
         detector: that judges what was written; None for none.
     """
-    from stethoscope.evaluation.cost_meter import read_costs
     from stethoscope.report.method_answers import MethodAnswers, detector_figures, reply_figures, score_counts
-    from stethoscope.storage.run_dir import RunStore
 
     store, task = RunStore(item.folder), tasks[-1].name
     records, cost = list(store.records(task)), read_costs(item.folder, task)
@@ -382,7 +377,6 @@ def stopped_early(
 def write(folder: Path, comparison: MethodComparison, tables: Sequence[Table]) -> None:
     """Write the comparison into the run directory: ``mitigation.md``, ``mitigation.json`` and ``frontier.svg``."""
     from stethoscope.report.mitigation_table import frontier
-    from stethoscope.report.tables import render_tables
 
     plot = frontier(comparison)
     text = f"{render_tables(tables, 'markdown')}\n![{plot.title}](frontier.svg)\n\n{plot.note}\n"

@@ -11,35 +11,32 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from stethoscope.commands.common import as_list, fractions, keep_detector, loggers_of, overrides
 from stethoscope.core.component import build, choices, compose
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import remove_temporaries
 from stethoscope.core.token_table import feature_names, select_features
 from stethoscope.detection.design_matrix import Inputs
-from stethoscope.detection.training import missing_rows_error
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.lookup import load_detector
+from stethoscope.detection.training import fit, missing_rows_error
 from stethoscope.detection.transfer import Target, of_subset
+from stethoscope.features import FeatureSet
 from stethoscope.features.columns import check_same_model, keep_columns, matching_columns, select_columns
 from stethoscope.report.compare import transfer_table
+from stethoscope.report.examples import log_detector, log_detector_files
+from stethoscope.report.metrics_tables import print_detector
 from stethoscope.report.tables import text
+from stethoscope.storage.lock import RunLock
+from stethoscope.storage.reuse import copy_task
+from stethoscope.storage.run_dir import RunStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stethoscope.detection.detector import Detector
-    from stethoscope.storage.run_dir import RunStore
-
 
 def run(config: DictConfig) -> None:
     """Fit, calibrate, evaluate and save the detector of a finished run; print its table."""
-    from stethoscope.commands.common import as_list, fractions, keep_detector, loggers_of, overrides
-    from stethoscope.detection.detector import Detector
-    from stethoscope.detection.training import fit
-    from stethoscope.report.examples import log_detector, log_detector_files
-    from stethoscope.report.metrics_tables import print_detector
-    from stethoscope.storage.lock import RunLock
-    from stethoscope.storage.reuse import copy_task
-    from stethoscope.storage.run_dir import RunStore
-
     source, folder = Path(config.run), Path(config.run_dir)
     if not source.is_dir():
         chosen = HydraConfig.get().runtime.choices.get("experiment")
@@ -110,9 +107,6 @@ def recalibrate(config: DictConfig, source: Path, folder: Path) -> None:
         ConfigError: ``labels`` is no number of pictures, or the run lacks a column of the detector.
         ArtefactError: there is no such detector, or the run has no token rows.
     """
-    from stethoscope.detection.lookup import load_detector
-    from stethoscope.storage.run_dir import RunStore
-
     old, store, most = load_detector(str(config.recalibrate)), RunStore(source), config.labels
     if (folder / "detector").exists() and not config.overwrite:
         raise ConfigError(
@@ -155,8 +149,6 @@ def read_token_rows(config: DictConfig, store: RunStore, task: str, subset: str 
         ArtefactError: the run has no token rows of that task, or not the features.
         ConfigError: the task has no such subset.
     """
-    from stethoscope.features import FeatureSet
-
     table = store.tokens(task)
     if table.empty:
         raise missing_rows_error(store, task)
@@ -193,8 +185,6 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
         ConfigError: the entry says something else, or does not say which of several tasks.
         ArtefactError: there is no such run, or it has no token rows.
     """
-    from stethoscope.storage.run_dir import RunStore
-
     wanted = {"run": node} if isinstance(node, str) else dict(node)
     if "run" not in wanted or not set(wanted) <= {"run", "mentions", "subset"}:
         raise ConfigError(f"test={node} should be a run directory or {{run: ..., mentions: ..., subset: ...}}")
@@ -232,8 +222,6 @@ def _other(name: str, same: Sequence[str], plugins: Sequence[str]) -> Detector:
     Raises:
         ConfigError: there is none of that name.
     """
-    from stethoscope.detection.detector import Detector
-
     if name not in choices("detector"):
         raise ConfigError(unknown("detector of compare_with", str(name), choices("detector")))
     return build(compose([f"+detector={name}", *same]).detector, Detector, f"compare_with.{name}", plugins)

@@ -32,6 +32,7 @@ from stethoscope.detection.caption_objects import (
     read_caption,
 )
 from stethoscope.detection.inference import TreeEnsemble
+from stethoscope.metrics.bootstrap import split_groups
 from stethoscope.tasks.object_extraction import OBJECTS
 
 SCHEMA_VERSION = 1
@@ -205,7 +206,6 @@ class TextOnlyDetector:
             facts: to remember in ``facts``.
         """
         from stethoscope.detection.estimators import make_estimator  # scikit-learn
-        from stethoscope.metrics.bootstrap import split_groups
 
         labels = [1 - row[caption.objects] for caption, row in zip(captions, presence, strict=True)]
         label = np.concatenate([*labels, np.zeros(0)])

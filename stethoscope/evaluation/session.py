@@ -24,6 +24,7 @@ from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.evaluation.selection import load_samples, recorded_samples, select_samples
 from stethoscope.evaluation.state import RunState, describe_failure
 from stethoscope.loggers.combined import Loggers
+from stethoscope.metrics.bootstrap import count_metrics
 from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.mitigation.base import DetectorMitigation
 from stethoscope.storage.lock import RunLock
@@ -331,8 +332,6 @@ class RunSession:
 
     def _results(self) -> TaskResults:
         """Compute the metrics of all samples that did not fail, and count the other ones."""
-        from stethoscope.metrics.bootstrap import count_metrics
-
         outcomes = [self.run.outcomes[sample.id] for sample in self.run.samples]
         pairs = zip(self.run.samples, outcomes, strict=True)
         rows = self.run.task.tally([(sample, outcome.counts) for sample, outcome in pairs if outcome.status != FAILED])

@@ -14,6 +14,7 @@ from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.files import read_json, read_yaml
 from stethoscope.core.types import ImageRef, Sample
 from stethoscope.detection.detector_results import read_interval
+from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.metrics.bootstrap import Interval, Resamples, count_replicates, group_weights
 from stethoscope.report.metrics_tables import RANKING, TITLES, metric_title, primary, shown_rows, task_title
 from stethoscope.report.run_source import CONFIG_REMEDY, RunReader
@@ -240,9 +241,6 @@ def detector_table(first: RunReader, other: RunReader, names: tuple[str, str]) -
     Raises:
         DataError: they have no test image in common, or one kind of mention is missing there.
     """
-    # imported here: scikit-learn takes a second to load, and runs without a detector do not need it
-    from stethoscope.detection.score_metrics import evaluate_scores
-
     images = set(first.warnings["group"]) | set(other.warnings["group"])
     common = _test_images(first, images) & _test_images(other, images)
     first_only = any((source.held_out["repeat_index"] == 0).all() for source in (first, other))

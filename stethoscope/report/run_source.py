@@ -16,6 +16,7 @@ import numpy as np
 from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_yaml
 from stethoscope.core.json_rows import check_content
+from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.given_answers import NOT_OWN
 from stethoscope.evaluation.results import TaskResults
@@ -185,8 +186,6 @@ class RunReader:
         Raises:
             ArtefactError: a warning has no row in the token table.
         """
-        from stethoscope.core.token_table import mention_rows
-
         table = mention_rows(self.table, "first", "all", judged=False)
         verdicts = self.warnings[[*_KEYS, "end", "probability", "evidence", "prior", "warned", "fold"]]
         joined = table.drop(columns="end").merge(verdicts, on=_KEYS, how="inner", validate="one_to_one")

@@ -24,6 +24,7 @@ from stethoscope.streaming.backtrack import Backtrack, make_streamer
 from stethoscope.streaming.events import Final, StreamEvent
 from stethoscope.streaming.warning_streamer import WarningStreamer, decode_answers
 from stethoscope.tasks.extraction import Extraction, as_extraction
+from stethoscope.tracing.mention_passes import trace_answers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -129,8 +130,6 @@ def _diagnose_mentions(
         scorer = streamer.scorer
         features = AnswerFeatures(scorer.columns(len(answer.token_ids)), scorer.image_tokens)
     elif final is not None:
-        from stethoscope.tracing.mention_passes import trace_answers
-
         selected = feature_set(final.schema.names)
         resampling = read_samples(extraction, None)
         trace = trace_answers(adapter, [encoded], [answer], selected.requires, [picture], [named], resampling)[0]

@@ -152,16 +152,16 @@ def test_a_wrong_choice_is_refused_before_any_job(call, tmp_path):
 
 
 def test_a_bug_in_one_job_does_not_stop_the_others(call, tmp_path, monkeypatch):
-    from stethoscope.detection import training
+    from stethoscope.commands import train
 
-    real = training.fit
+    real = train.fit
 
     def broken(*arguments, **more):
         if arguments[4] == 1:
             raise RuntimeError("boom")
         return real(*arguments, **more)
 
-    monkeypatch.setattr(training, "fit", broken)
+    monkeypatch.setattr(train, "fit", broken)
     source = made_up_run(tmp_path / "made", images=120)
     code, _, err = call("train", "--multirun", f"run={source}", "seed=0,1", "logger=none", *QUICK)
     assert code == 2
