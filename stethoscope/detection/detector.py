@@ -374,10 +374,10 @@ class Detector:
         Raises:
             ArtefactError, DataError: as in ``predict``.
         """
-        model, matrix = self.model.model, self.matrix(table)
+        model = self.model.model
         if not isinstance(model, VisualConsistency):
             return [()] * len(table)
-        candidates = most_likely(model.log_probabilities(matrix), self.inputs.objects, count)
+        candidates = most_likely(model.log_probabilities(self.matrix(table)), self.inputs.objects, count)
         return [looks if name else () for looks, name in zip(candidates, table["object"], strict=True)]
 
     def matrix(self, table: pd.DataFrame) -> np.ndarray:
