@@ -348,7 +348,7 @@ class AnswerGenerator:
             output = self._model.generate(**arguments)
         ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
         answers = [self._tokens.read(*pair, generation.stop) for pair in zip(ids, values, strict=True)]
-        self.prefixes.store(encoded, lengths, output.past_key_values)
+        self.prefixes.store(encoded, lengths, output.past_key_values, embeds[-1] if embeds else None)
         record = None if recorder is None else RecordedAnswers([part.token_ids for part in answers], columns, recorder)
         if not return_cache or all(prompt.cache is not None for prompt in encoded):
             return answers, no_caches, record

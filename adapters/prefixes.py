@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,7 +118,9 @@ class SharedPrefixes:
         by_prompt = {index: prefixes[picture] for picture, members in by_picture.items() for index in members}
         return [by_prompt[index] for index in range(len(encoded))]
 
-    def store(self, encoded: Sequence[Encoded], lengths: Sequence[int] | None, cache: Any) -> None:
+    def store(
+        self, encoded: Sequence[Encoded], lengths: Sequence[int] | None, cache: Any, embeds: Tensor | None
+    ) -> None:
         """Store the first tokens of the last prompt for the next call, in a block of ``stored``.
 
         A batch without common prefixes stores nothing: the next one will have none either.
@@ -127,13 +129,15 @@ class SharedPrefixes:
             encoded: B prompts that have been answered.
             lengths: of their prefixes; None where they had none.
             cache: ``past_key_values`` that ``generate`` returned.
+            embeds: image tokens of the last prompt; None where they are not known.
         """
         if self._model_state is None or (lengths is None and len(encoded) > 1):
             return
         prefix = self._forward.last_prefix(cache, encoded, lengths)
         if prefix is not None:
             [picture] = _picture_keys(encoded[-1:])
-            self._last = _LastPrefix(picture, _ids(encoded[-1])[: prefix.length], prefix, self._model_state)
+            ids = _ids(encoded[-1])[: prefix.length]
+            self._last = _LastPrefix(picture, ids, replace(prefix, embeds=embeds), self._model_state)
 
 
 def _ids(prompt: Encoded) -> list[int]:

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from helpers.contract_helpers import picture
 
 import stethoscope
 from stethoscope import Evaluator
+from stethoscope.adapters.forward import ForwardRunner
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.prefixes import SharedPrefixes
 from stethoscope.core.types import Generation
@@ -41,6 +43,17 @@ def test_a_run_has_the_answers_of_each_question_by_itself_in_the_order_of_the_ta
             assert line.pop("seconds").keys() == expected["seconds"].keys()
             assert line["answer"].items() <= expected["answer"].items()
             assert {**line, "answer": None}.items() <= {**expected, "answer": None}.items()
+
+
+def test_the_image_tokens_of_a_picture_go_from_batch_to_batch(testbed, monkeypatch):
+    """Traces that need them read no picture again, though the first questions go on from the batch before."""
+    prompts = [testbed.encode(picture(0), question) for question in QUESTIONS]
+    monkeypatch.setattr(ForwardRunner, "read_embeds", None)  # a call would fail
+    with testbed.sharing_prefixes():
+        for _ in range(3):
+            answers, cached = testbed.generate_with_cache(prompts, Generation(max_new_tokens=4))
+            traces = testbed.trace_batch(cached, answers, ["hidden"])
+            assert all(torch.equal(trace.image_embeds, traces[0].image_embeds) for trace in traces)
 
 
 def test_prefixes_end_before_the_questions_differ(testbed):
