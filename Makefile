@@ -21,11 +21,13 @@ test-all: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# on the package as it is installed, where adapters/ and tasks/ stand inside it
+# the package as it is installed, where adapters/ and tasks/ stand inside it, with all scripts and examples;
+# those of scripts/bench import one another by their bare names, the rest have the names of their folders
 types: $(VENV)/.ready
 	rm -rf build/types build/lib
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/types .
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy-cache --package stethoscope
+	cd build/types && MYPYPATH=.:../../scripts/bench:../.. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+		--cache-dir ../mypy-cache --explicit-package-bases stethoscope ../../scripts ../../examples
 
 # the site in build/site; any warning is an error
 docs: $(VENV)/.ready

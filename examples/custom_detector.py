@@ -4,6 +4,8 @@
         run=runs/first detector=few_columns detector.count=4
 """
 
+from typing import Self
+
 import numpy as np
 import pandas as pd
 
@@ -22,7 +24,7 @@ class FewColumns(Detector):
         super().__init__(**settings)
         self.count = count
 
-    def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> "FewColumns":
+    def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Self:
         """Choose the columns, then fit on these alone."""
         rows = self.select_mentions(train)  # one row for every mention that has a label
         labels = rows["label"].to_numpy(dtype=int)

@@ -4,6 +4,8 @@
         detector.estimator._target_=custom_estimator.NearestMentions detector.estimator.neighbours=30
 """
 
+from typing import Self
+
 import numpy as np
 
 from stethoscope.detection.base import Estimator
@@ -15,7 +17,7 @@ class NearestMentions(Estimator):
     def __init__(self, neighbours: int = 50) -> None:
         self.neighbours = neighbours
 
-    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> "NearestMentions":
+    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> Self:
         """Keep the rows; they are standardised already, without gaps."""
         self.rows_, self.labels_ = X, y.astype(np.int64)
         self.weights_ = np.ones(len(y)) if sample_weight is None else sample_weight

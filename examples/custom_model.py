@@ -46,9 +46,9 @@ class PooledAdapter(HfAdapter):
     stop = ("###",)  # texts that end an answer of this family; leave out if its end token does
 
     def _load(self) -> tuple[PooledLlava, LlavaProcessor]:
-        model = loading.pretrained(PooledLlava, self.model_id, self.loading)
-        hub_kwargs = self.loading.hub_kwargs(loading.is_folder(self.model_id))
-        return model, LlavaProcessor.from_pretrained(self.model_id, **hub_kwargs)
+        model = loading.pretrained(PooledLlava, self._source, self.loading)
+        hub_kwargs = self.loading.hub_kwargs(loading.is_folder(self._source))
+        return model, LlavaProcessor.from_pretrained(self._source, **hub_kwargs)
 
     def _tiny(self) -> tuple[PooledLlava, LlavaProcessor]:
         """Build a small random model for ``random_init=tiny``: to try things out without weights."""

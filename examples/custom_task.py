@@ -3,6 +3,8 @@
 PYTHONPATH=examples stethoscope evaluate --config-dir examples/conf plugins=[custom_task] task=both_right
 """
 
+from collections.abc import Sequence
+
 from stethoscope import testbed
 from stethoscope.core.types import Answer, ImageRef, Sample, Score
 from stethoscope.tasks import yes_no
@@ -41,7 +43,7 @@ class BothRight(Task):
             return Score("unparsed")
         return Score("ok", {"asked": 1, "right": reply == sample.reference["label"]})
 
-    def tally(self, scored: list[ScoredSample]) -> list[Tally]:
+    def tally(self, scored: Sequence[ScoredSample]) -> list[Tally]:
         """Add up single answers by subset, and pairs over all."""
         rows = [Tally(sample.group, sample.subset, counts) for sample, counts in scored]
         right = {(sample.group, sample.subset): counts["right"] for sample, counts in scored}

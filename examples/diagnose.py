@@ -18,7 +18,7 @@ for mention in diagnosis.mentions:
     (left, top, right, bottom), share = diagnosis.regions(first, count=1)[0]
     verdict = "warned" if mention.warned else "fine"
     print(
-        f"{mention.object:<14} {mention.verdict.probability:4.0%} {verdict:<7} most relevant region: "
+        f"{mention.object:<14} {mention.probability:4.0%} {verdict:<7} most relevant region: "
         f"x {left:.0f}-{right:.0f}, y {top:.0f}-{bottom:.0f} ({share:.0%} of the picture's relevancy)"
     )
 

@@ -5,6 +5,7 @@ python examples/stream.py
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.core.types import Generation
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import Final, MentionCompleted, Token
@@ -27,10 +28,11 @@ for event in stethoscope.stream(adapter, image, QUESTION, detector=detector):
         case Final():  # the answer and all objects that it names
             print()
             for mention in event.mentions:
-                print(f"{mention.verdict.probability:4.0%} {mention.object}{'  <- warned' if mention.warned else ''}")
+                print(f"{mention.probability:4.0%} {mention.object}{'  <- warned' if mention.warned else ''}")
 
 encoded = adapter.encode(image, QUESTION)  # the same in a `generate` call of your own
 with stethoscope.WarningStreamer(adapter, encoded, detector) as streamer:
-    adapter.model.generate(**encoded.inputs, streamer=streamer, max_new_tokens=64, do_sample=False)
+    model, arguments = adapter.prepare_generate([encoded], Generation(max_new_tokens=64))
+    model.generate(**arguments, streamer=streamer)
 warnings = [event for event in streamer.events if isinstance(event, MentionCompleted) and event.warned]
 print(len(warnings), "warnings in", len(streamer.tokens), "tokens")

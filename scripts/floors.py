@@ -23,7 +23,7 @@ def floors(pyproject: Path) -> dict[str, str]:
     """
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    versions = {}
+    versions: dict[str, str] = {}
     for requirement in [*project["dependencies"], *(line for lines in extras.values() for line in lines)]:
         if re.split(r"[\[><=; ]", requirement)[0] in LEFT_OUT:
             continue

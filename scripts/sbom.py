@@ -27,7 +27,8 @@ def installed_closure(name: str) -> dict[str, list[str]]:
         PackageNotFoundError: a requirement is not installed.
     """
     edges: dict[str, list[str]] = {}
-    seen, pending = set(), [(canonicalize_name(name), frozenset())]
+    pending: list[tuple[str, frozenset[str]]] = [(canonicalize_name(name), frozenset())]
+    seen = set()
     while pending:
         current = pending.pop()
         if current in seen:
@@ -50,7 +51,7 @@ def component(name: str) -> dict[str, Any]:
     details, version = metadata.metadata(name), metadata.version(name).partition("+")[0]  # without the kind of build
     purl = f"pkg:pypi/{name}@{version}"
     entry = {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
-    license_name = details.get("License-Expression")
+    license_name = details.json.get("license_expression")
     return entry | ({"licenses": [{"expression": license_name}]} if license_name else {})
 
 

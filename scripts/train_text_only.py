@@ -23,12 +23,14 @@ import numpy as np
 import pandas as pd
 
 import stethoscope.detection
+from stethoscope.core.token_table import Repeats
 from stethoscope.detection.baselines import NamePrior, PositionOnly, TextPrior
 from stethoscope.detection.caption_objects import ReadCaption, read_caption
 from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.detection.text_only import SHIPPED, TextOnlyDetector
 from stethoscope.metrics.bootstrap import bootstrap, group_weights, split_groups
 from stethoscope.metrics.classification import base_rate
+from stethoscope.metrics.ranking import FloatOrArray
 from stethoscope.tasks.object_extraction import OBJECTS
 
 FOLDS = 3
@@ -99,7 +101,7 @@ def ship(captions: Sequence[Caption], truth: Mapping[str, set[str]]) -> None:
     print(f"wrote {path}: {detector.facts}")
 
 
-def table_of(captions: Sequence[Caption], truth: Mapping[str, set[str]], repeats: str = "first") -> pd.DataFrame:
+def table_of(captions: Sequence[Caption], truth: Mapping[str, set[str]], repeats: Repeats = "first") -> pd.DataFrame:
     """Make a table as of an answer's tokens, a row for every mention; positions are words, not tokens.
 
     Of the columns only ``family`` and ``row`` (of the object among all objects) are not those of a run.
@@ -125,7 +127,7 @@ def table_of(captions: Sequence[Caption], truth: Mapping[str, set[str]], repeats
 
 
 def judge_families(
-    captions: Sequence[Caption], truth: Mapping[str, set[str]], images: set[str], repeats: str
+    captions: Sequence[Caption], truth: Mapping[str, set[str]], images: set[str], repeats: Repeats
 ) -> pd.DataFrame:
     """Judge the mentions of every family by what was learned from other families and other images.
 
@@ -145,8 +147,8 @@ def judge_families(
     for mask in split_groups(groups, {str(fold): 1 / FOLDS for fold in range(FOLDS)}, seed=1).values():
         fold = mask & judged
         for family in np.unique(families):
-            known = [captions[index] for index in np.flatnonzero(~fold & (families != family))]
-            asked = [captions[index] for index in np.flatnonzero(fold & (families == family))]
+            known = [captions[index] for index in np.flatnonzero(~fold & (families != family)).tolist()]
+            asked = [captions[index] for index in np.flatnonzero(fold & (families == family)).tolist()]
             learned, table = table_of(known, truth, repeats), table_of(asked, truth, repeats)
             baselines = [baseline(repeats).fit(learned) for baseline in (PositionOnly, NamePrior, TextPrior)]
             detector = train(known, truth)
@@ -166,7 +168,7 @@ def print_families(table: pd.DataFrame) -> None:
     print("| --- " * (3 + len(METRICS)) + "|")
     for family in [*sorted(table["family"].unique()), "all, each held out"]:
         rows = table if family.startswith("all") else table[table["family"] == family]
-        resamples = group_weights(rows["group"])
+        resamples = group_weights(rows["group"].to_numpy(dtype=str))
         figures = evaluate_scores(rows, {name: rows[name].to_numpy() for name in SCORES}, resamples)
         for name in SCORES:
             cells = [_short(str(resamples.interval(figures[name, metric]))) for metric in METRICS]
@@ -189,7 +191,7 @@ def print_parts(table: pd.DataFrame) -> None:
         print(f"| {family} | {' | '.join(cells)} |")
 
 
-def _share(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _share(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> FloatOrArray:
     return base_rate(labels, weights)
 
 

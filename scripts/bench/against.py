@@ -41,6 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _rows() -> list[Row]:
             more = lambda t, name=name: t[name] / t["none"]  # noqa: E731
             kept = lambda _, now, limit=limit: now <= 1 + limit  # noqa: E731
             rows.append((f"features-{batch}", f"`{name}`, {many}, x plain", more, f"{1 + limit:.2f}", kept))
-            rows.append((f"features-{batch}", f"`{name}`, {many}, s", lambda t, name=name: t[name], "", None))
+            rows.append((f"features-{batch}", f"`{name}`, {many}, s", itemgetter(name), "", None))
     rows += [
         ("stream", "streaming, undelayed, x plain", lambda t: t["stream"] / t["generate"], "1.05",
          lambda _, now: now <= 1.05),
@@ -148,7 +149,7 @@ def equality(before: Path, after: Path) -> list[str]:
     same = sum(ids[0][key] == ids[1].get(key) for key in ids[0])
     text = ["", f"The same token ids in {same} of {len(ids[0])} answers."]
     tables = [pd.read_parquet(folder / "table.parquet") for folder in (before, after)]
-    numbers = [set(table.select_dtypes("floating").columns) for table in tables]
+    numbers = [set(table.select_dtypes(np.floating).columns) for table in tables]
     shared = sorted(name for name in numbers[0] & numbers[1] if not name.startswith(REDEFINED))
     keys = ["sample_id", "token"]
     if not tables[0][keys].reset_index(drop=True).equals(tables[1][keys].reset_index(drop=True)):
@@ -168,7 +169,7 @@ def equality(before: Path, after: Path) -> list[str]:
     maps = [np.load(folder / "maps.npz") for folder in (before, after)]
     errors = [np.linalg.norm(maps[1][key] - maps[0][key]) / np.linalg.norm(maps[0][key]) for key in maps[0].files]
     text.append(f"Relevancy of {len(errors)} answers: relative difference {max(errors):.1e} at most, "
-                f"{statistics.median(errors):.1e} in the median.")  # fmt: skip
+                f"{np.median(errors):.1e} in the median.")  # fmt: skip
     labelled = tables[0]["label"].isin((0, 1)).to_numpy()
     inputs = [np.nan_to_num(part[labelled]) for part in parts]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000))
@@ -201,7 +202,8 @@ class Checkout:
     """
 
     def __init__(self, root: Path, folder: Path, threads: int) -> None:
-        self.root, self.folder, self._process = root, folder, None
+        self.root, self.folder = root, folder
+        self._process: subprocess.Popen[str] | None = None
         self._log = folder / "worker.log"
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"}
         self._environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -216,6 +218,8 @@ class Checkout:
                     words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1,
                     env=self._environment, cwd=self.folder,
                 )  # fmt: skip
+        assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.write(json.dumps([way, options]) + "\n")
         reply = self._process.stdout.readline()
         if not reply:

@@ -89,7 +89,7 @@ class Worker:
         self._testbed = self._testbed or self.api.load("testbed")
         return self._testbed
 
-    def build(self, **sizes: int) -> tuple[Any, Any, list[int]]:
+    def build(self, **sizes: Any) -> tuple[Any, Any, list[int]]:
         """Build the random model of ``relevancy.py``, the inputs of its pass and the answer's ids."""
         import relevancy
 
@@ -100,7 +100,7 @@ class Worker:
             self._built[key][0].requires_grad_(False)
         return self._built[key]
 
-    def relevancy(self, rounds: int = 3, **sizes: int) -> Times:
+    def relevancy(self, rounds: int = 3, **sizes: Any) -> Times:
         """Time a forward pass and relevancy after every layer, from nothing."""
         import relevancy
 
@@ -122,7 +122,7 @@ class Worker:
         model = self.build()[0]
         self._built.clear()  # the ids of its inputs are others
 
-        class Adapter(hf.HfAdapter):
+        class Adapter(hf.HfAdapter):  # type: ignore[name-defined]  # of the checkout
             def _tiny(self) -> tuple[Any, Any]:
                 tiny, processor = llava(336)
                 model.config.image_token_index = tiny.config.image_token_id
@@ -188,7 +188,7 @@ class Worker:
         testbed, generation = importlib.import_module("stethoscope.testbed"), take("Generation")(max_new_tokens=128)
         if "detector" not in self._built:
             folder = self.run(self.captions(48), features=self.set_of("uncertainty", "position", "attention", "lens"))
-            strength = {"strength" if self.older else "C": 0.1}
+            strength: Any = {"strength" if self.older else "C": 0.1}
             self._built["detector"] = self.api.Detector(**strength).fit(take("RunStore")(folder).tokens("chair"))
         times = {"generate": [0.0, 0.0], "stream": [0.0, 0.0]}
         for number, scene in enumerate(testbed.scenes(pictures + 1)):
@@ -273,7 +273,8 @@ class Worker:
 
         folder = self.run(self.captions(scenes), "same", self.set_of(*OLDER_FULL, EVIDENCE[self.older]), batch_size=8)
         take("RunStore")(folder).tokens("chair").to_parquet(folder / "table.parquet")
-        task, maps = self.captions(scenes), {}
+        task = self.captions(scenes)
+        maps: dict[str, Any] = {}
         task.setup()
         samples = list(task.samples())
         for start in range(0, len(samples), 8):

@@ -13,13 +13,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import stethoscope
-from stethoscope.core.types import Generation
+from stethoscope.adapters.base import Adapter
+from stethoscope.adapters.hf import HfAdapter
+from stethoscope.core.types import Generation, Sample
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming.backtrack import Backtrack
@@ -41,6 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     adapter, task = stethoscope.load("testbed"), Chair(scenes=options.scenes, scene_seed=options.seed)
+    assert isinstance(adapter, HfAdapter)
     task.setup()
     with tempfile.TemporaryDirectory() as folder:
         detector = options.detector or train(adapter, options.train, Path(folder))
@@ -59,7 +64,7 @@ def main() -> None:
         )
 
 
-def train(adapter: object, scenes: int, folder: Path) -> str:
+def train(adapter: Adapter, scenes: int, folder: Path) -> str:
     """Fit a detector on other scenes and save it; return its folder."""
     features = FeatureSet(groups=("uncertainty", "position", "attention", "lens", "hidden"))
     stethoscope.Evaluator(features=features, run_dir=folder / "run", batch_size=24).run(adapter, Chair(scenes=scenes))
@@ -68,10 +73,11 @@ def train(adapter: object, scenes: int, folder: Path) -> str:
     return str(folder / "detector")
 
 
-def _measure(adapter: object, ways: dict[str, Backtrack | None], samples: list) -> dict[str, np.ndarray]:
+def _measure(adapter: HfAdapter, ways: dict[str, Backtrack | None], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
     """Answer every sample in every way; return (samples, ``COLUMNS``) by way."""
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
     passes: list[int] = []
+    edit: Mapping[str, Any]
     hook = adapter.model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
     for index, sample in enumerate(samples):
         truth, prompt = set(sample.reference["objects"]), adapter.encode(sample.image.load(), sample.question)

@@ -80,6 +80,7 @@ def measure(
     run: RunState,
 ) -> dict[str, float]:
     """Return CPU seconds per answer of generation in batches of ``size``, and of a run with every feature set."""
+    assert run.store is not None
     maps, tables = SaveHeatmaps(), TokenFiles(run.store.run_dir)
 
     def generate(prompts: Sequence[Encoded], _: Sequence[Sample]) -> None:

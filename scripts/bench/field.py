@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-Model = LlavaForConditionalGeneration
+Model: TypeAlias = LlavaForConditionalGeneration
 Inputs = dict[str, Tensor]
 Maps = tuple[list[Tensor], list[Tensor]]
 """Maps of the language model and of the vision tower in the order of their calls, (1, heads, rows, columns) each."""
@@ -57,8 +57,9 @@ def recorded_maps(model: Model, keep: bool) -> Iterator[Maps]:
         model.set_attn_implementation("sdpa")
 
 
-def weighted(attention: Tensor, gradient: Tensor) -> Tensor:
+def weighted(attention: Tensor, gradient: Tensor | None) -> Tensor:
     """Compute equation 5, (rows, columns)."""
+    assert gradient is not None
     return (gradient.float() * attention.detach().float()).clamp(min=0).mean(1)[0]
 
 

@@ -33,8 +33,9 @@ import argparse
 import gc
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Bench:
 
     def ready(self) -> tuple[list[Encoded], list[Answer]]:
         """Return the prompts and their answers, without caches."""
-        if self.prompts is None:
+        if self.prompts is None or self.answers is None:
             self.prompts = encode(self.adapter, self.case.batch)
             self.answers = self.adapter.generate(self.prompts, Generation(max_new_tokens=self.tokens))
         return self.prompts, self.answers
@@ -131,7 +132,7 @@ class Bench:
         figures = timed(lambda: self.adapter.generate(prompts, Generation(max_new_tokens=self.tokens)), self.budget)
         return {**figures, "tokens": sum(len(answer.token_ids) for answer in answers)}
 
-    def trace(self, requires: Sequence[str], features: FeatureSet | None = None) -> dict[str, Any]:
+    def trace(self, requires: Collection[str], features: FeatureSet | None = None) -> dict[str, Any]:
         """Generate and trace answers as a run does, and generate them alone."""
         prompts, _ = self.ready()
         generation = Generation(max_new_tokens=self.tokens)
@@ -205,15 +206,16 @@ class Bench:
             torch.autograd.grad(layer(hidden).sum(), hidden)
 
         figures = {}
-        for name, function, call in (
+        parts: tuple[tuple[str, Callable[..., Any], Callable[[Callable[..., Any]], Any]], ...] = (
             ("chain", chain, lambda chosen: chosen(scores, by_map)),
             ("feed_forward", feed_forward.forward, feed),
-        ):
+        )
+        for name, function, call in parts:
             for way, chosen in (("eager", function), ("compiled", torch.compile(function, dynamic=True))):
                 start = time.monotonic()
                 call(chosen)  # compiles
                 figures[f"{name}_{way}_first_s"] = round(time.monotonic() - start, 2)
-                times = timed(lambda call=call, chosen=chosen: call(chosen), self.budget / 4)
+                times = timed(partial(call, chosen), self.budget / 4)
                 figures[f"{name}_{way}_ms"] = round(times["seconds"] * 1e3, 4)
         return figures
 

@@ -28,6 +28,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def points(axes: Sequence[str], folder: Path) -> Iterator[tuple[str, int, Callab
     }
     for axis in axes:
         for size in SIZES[axis]:
-            yield axis, size, lambda axis=axis, size=size: builders[axis](size)
+            yield axis, size, partial(builders[axis], size)
 
 
 def measure(options: argparse.Namespace, figures: Figures) -> None:

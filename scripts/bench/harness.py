@@ -29,12 +29,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the bare process loads nothing of the package
+    from stethoscope.adapters.base import Adapter
+    from stethoscope.evaluation.state import RunState
+    from stethoscope.tasks.base import Task
 
 PER_SCENE = 18
 """Questions about a scene: three about objects that are there and three about others, in each of three subsets."""
 LONGEST = 8
 LIMITS = {"overhead": 0.05, "faster": 3.0, "start": 2.0, "memory": 100.0, "questions": 2.5}
-Clock = tuple[float, float]
+Clock = tuple[float, ...]
+"""Seconds of the clock and of the processor."""
 
 
 def main() -> None:
@@ -79,7 +86,7 @@ def export(folder: Path, questions: int) -> None:
     testbed.export(folder, testbed.scenes(2 + questions // PER_SCENE))
 
 
-def _task(folder: Path) -> object:
+def _task(folder: Path) -> Task:
     from stethoscope.tasks.pope import Pope
 
     return Pope(source="files", questions=str(folder), images=str(folder / "images"))
@@ -88,7 +95,7 @@ def _task(folder: Path) -> object:
 # --- the bare loop ----------------------------------------------------------------------------------------------------
 
 
-def _model() -> tuple[object, object]:
+def _model() -> tuple[Any, Any]:
     """Load model and processor as the documentation of transformers does."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -97,7 +104,7 @@ def _model() -> tuple[object, object]:
     return AutoModelForImageTextToText.from_pretrained(MODEL_DIR).eval(), AutoProcessor.from_pretrained(MODEL_DIR)
 
 
-def _ask(model: object, processor: object, questions: Sequence[tuple[Path, str]]) -> list[str]:
+def _ask(model: Any, processor: Any, questions: Sequence[tuple[Path, str]]) -> list[str]:
     """Answer one batch of the bare loop."""
     from PIL import Image
 
@@ -136,7 +143,8 @@ def _loops(folder: Path, options: argparse.Namespace) -> list[tuple]:
     processor.tokenizer.padding_side = "left"
     task = _task(folder / "data")
     spent: dict[tuple[int, str], Clock] = {}
-    rows = []
+    rows: list[tuple] = []
+    row: tuple[str, ...]
     for size in (1, 16):
         ask = lambda samples: _ask(model, processor, [(s.image.source, s.question) for s in samples])  # noqa: E731
         rounds = [
@@ -158,7 +166,7 @@ def _loops(folder: Path, options: argparse.Namespace) -> list[tuple]:
 
 
 def _sitting(
-    adapter: object, task: object, size: int, run_dir: Path, ask: Callable[[Sequence], list[str]], questions: int
+    adapter: Adapter, task: Task, size: int, run_dir: Path, ask: Callable[[Sequence], list[str]], questions: int
 ) -> dict[str, Clock]:
     """Run the harness once; it asks the bare loop the same batch before each of its own."""
     from stethoscope import Evaluator
@@ -173,10 +181,11 @@ def _sitting(
     class Alternate(Callback):
         """The first of the callbacks: what follows ``on_task_start`` is the harness's, but for the bare batches."""
 
-        def on_task_start(self, run: object) -> None:
-            self.bare, self.start = (0.0, 0.0), _now()
+        def on_task_start(self, run: RunState) -> None:
+            self.start: Clock = _now()
+            self.bare: Clock = (0.0, 0.0)
 
-        def on_batch_start(self, run: object, samples: Sequence) -> None:
+        def on_batch_start(self, run: RunState, samples: Sequence) -> None:
             start = _now()
             texts.extend(ask(samples))
             self.bare = tuple(sum + (end - begin) for sum, begin, end in zip(self.bare, start, _now(), strict=True))
@@ -184,7 +193,7 @@ def _sitting(
     class End(Callback):
         """The last of the callbacks: how far it is until the last record is on disk."""
 
-        def on_batch_end(self, run: object, records: Sequence) -> None:
+        def on_batch_end(self, run: RunState, records: Sequence) -> None:
             answers.extend(record.answer.text for record in records)
             self.end = _now()
 
@@ -241,13 +250,15 @@ def _watch(arguments: Sequence[str], folder: Path, records: Path | None) -> tupl
     """
     start = time.perf_counter()
     with subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        output = process.stdout
+        assert output is not None
         if records is None:
-            process.stdout.readline()
+            output.readline()
         else:
             while process.poll() is None and not (records.is_file() and records.stat().st_size):
                 time.sleep(0.01)
         first = time.perf_counter() - start
-        process.stdout.read()
+        output.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -267,7 +278,7 @@ def _compare_checkouts(options: argparse.Namespace) -> None:
     """Print questions per CPU second and peak memory of both checkouts; exit with 1 below the limit."""
     rates: dict[str, list[float]] = {}
     memory: dict[str, list[float]] = {}
-    answers: dict[str, dict[str, object]] = {}
+    answers: dict[str, dict[str, Any]] = {}
     checkouts = {"other": options.against, "this": sys.executable}
     for number in range(options.rounds):
         for name, python in checkouts.items():

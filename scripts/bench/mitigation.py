@@ -25,7 +25,7 @@ from backtrack import train
 
 import stethoscope
 from stethoscope import testbed
-from stethoscope.adapters.base import Adapter
+from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.types import Generation
 from stethoscope.mitigation.base import Mitigation
 from stethoscope.mitigation.decoding import Cut, FirstLogitBoosting, NoImageContrast, NoiseContrast
@@ -54,6 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     adapter = stethoscope.load("testbed")
+    assert isinstance(adapter, HfAdapter)
     pictures = [scene.image() for scene in testbed.scenes(options.pictures, seed=SEED)]
     encoded = [adapter.encode_as("description", picture, QUESTION) for picture in pictures]
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +75,9 @@ def main() -> None:
         sys.exit(f"above the limit: {', '.join(missed)}")
 
 
-def make_ways(adapter: Adapter, tokens: int, backtrack: Backtrack) -> dict[str, Callable[[Sequence[Encoded]], object]]:
+def make_ways(
+    adapter: HfAdapter, tokens: int, backtrack: Backtrack
+) -> dict[str, Callable[[Sequence[Encoded]], object]]:
     """Return by name what answers a batch of prompts in every way, decoding methods with so many tokens."""
 
     def decode(method: Mitigation | None) -> Callable[[Sequence[Encoded]], object]:

@@ -126,7 +126,9 @@ def plain(model: Model, inputs: Inputs) -> Tensor:
 def ours(model: Model, inputs: Inputs, answer: list[int], tokens: int, **options: Any) -> Tensor:
     """Compute (tokens, N) relevancy of the first tokens after the last layer."""
     chosen = range(tokens) if tokens < len(answer) else None
-    return relevancy_from_inputs(model, inputs, answer, layers="final", tokens=chosen, **options).llm[:, 0]
+    rows = relevancy_from_inputs(model, inputs, answer, layers="final", tokens=chosen, **options).llm
+    assert rows is not None  # of a decoder-only model
+    return rows[:, 0]
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -180,6 +182,7 @@ def measure(method: str, shape: Shape, options: Options, memory: bool) -> Any:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**16)  # freed tensors go back to the system at once
     if options.threads:
         torch.set_num_threads(options.threads)
+    result: Cost | int
     for size in (TINY, shape):  # the first warms up
         model, inputs, answer = build(replace(size, dtype=shape.dtype), options.device)
         model.requires_grad_(method in ("published", "one pass"))
@@ -215,7 +218,7 @@ def _fast(method: str, model: Model, inputs: Inputs, answer: list[int], options:
     if few < len(answer):
         first = _seconds(model, lambda: _call(method, model, inputs, answer, options, 1))
         best = first + (best - first) / max(few - 1, 1) * (len(answer) - 1)
-    return Cost(best, forward, few, None if method == "forward" else rows.numpy())
+    return Cost(best, forward, few, None if method == "forward" or rows is None else rows.numpy())
 
 
 def _seconds(model: Model, call: Callable[[], Any]) -> float:
@@ -272,10 +275,10 @@ def compare(shape: Shape, options: Options) -> list[list[str]]:
     fits = map_bytes(shape) < 0.8 * room(options.device)
     costs: dict[str, Cost | None] = {}
     for name in ("forward", *OURS, *FIELD):
-        costs[name] = apart(measure, name, shape, options, False) if fits or name not in FIELD else None
-        if costs[name] is not None:
-            most = apart(measure, name, shape, options, True)
-            costs[name] = replace(costs[name], peak=most)
+        measured: Cost | None = apart(measure, name, shape, options, False) if fits or name not in FIELD else None
+        if measured is not None:
+            measured = replace(measured, peak=apart(measure, name, shape, options, True))
+        costs[name] = measured
     truth = apart(_truth, shape, options) if fits else None
     field = [costs[name] for name in FIELD]
     lines = []

@@ -21,6 +21,7 @@ import stethoscope
 from stethoscope.core.component import build, compose
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.callbacks import Callback, SampleTable, SaveHeatmaps, Timing
+from stethoscope.evaluation.state import RunState
 from stethoscope.features import FeatureSet
 from stethoscope.tasks.chair import Chair
 
@@ -30,12 +31,12 @@ FIRST, LIMIT = 100, 200.0
 class Resident(Callback):
     """Records the resident size, in MB, whenever a tenth of the run is done, and after the first hundred samples."""
 
-    def on_task_start(self, run: object) -> None:
+    def on_task_start(self, run: RunState) -> None:
         """Start the clock."""
         self.sizes: dict[int, float] = {}
         self.start = time.monotonic()
 
-    def on_batch_end(self, run: object, records: Sequence) -> None:
+    def on_batch_end(self, run: RunState, records: Sequence) -> None:
         """Record and print the size when it is due."""
         due = FIRST if not self.sizes else max(self.sizes) + max(run.total // 10, 1)
         if run.done >= due or run.done == run.total:

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ def page_figures(adapter: Adapter, rounds: int) -> tuple[float, float]:
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.goto(address)
             page.wait_for_selector("#view .st-status")
-            answered = cpu_seconds(lambda page=page: ask(page, scene))
+            answered = cpu_seconds(partial(ask, page, scene))
             ratios.append(answered / cpu_seconds(lambda: diagnose(adapter, image, QUESTION)))
         page.evaluate(MOVE, ["layer", 2])
         slowest = max(slider_milliseconds(page, name, rounds) for name in SLIDERS)

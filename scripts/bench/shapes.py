@@ -96,7 +96,7 @@ class ShapedAdapter(HfAdapter):
     """
 
     def __init__(self, shape: Shape, dtype: str, device: str) -> None:
-        placed = {"device_map": "auto"} if device == "auto" else {"device": device}
+        placed: Any = {"device_map": "auto"} if device == "auto" else {"device": device}
         super().__init__(name=shape.family, random_init="tiny", family=shape.family, dtype=dtype, **placed)
         self.shape, self._build_device = shape, "cpu" if device == "auto" else device
 

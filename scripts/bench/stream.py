@@ -15,13 +15,16 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL.Image import Image
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Generation
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
@@ -47,10 +50,10 @@ def main() -> None:
     detector = _detector(adapter, options.scenes, GROUPS[options.features])
     pictures = [scene.image() for scene in testbed.scenes(options.pictures)]
 
-    def generate(picture: object) -> int:
+    def generate(picture: Image) -> int:
         return len(adapter.generate([adapter.encode(picture, QUESTION)], generation)[0].token_ids)
 
-    def streamed(**options: object) -> Callable[[object], int]:
+    def streamed(**options: Any) -> Callable[[Image], int]:
         return lambda picture: _tokens(stethoscope.stream(adapter, picture, QUESTION, generation=generation, **options))
 
     ways = {"generate": generate, "stream, no detector": streamed()}
@@ -74,14 +77,14 @@ def main() -> None:
         print(f"{name:22}{each[0]:10.3f}{each[1]:14.3f}{more[0]:+9.1%}{more[1]:+9.1%}")
 
 
-def _detector(adapter: object, scenes: int, groups: tuple[str, ...]) -> stethoscope.Detector:
+def _detector(adapter: Adapter, scenes: int, groups: tuple[str, ...]) -> stethoscope.Detector:
     with tempfile.TemporaryDirectory() as folder:
         features = FeatureSet(groups=groups)
         stethoscope.Evaluator(features=features, run_dir=Path(folder), batch_size=24).run(adapter, Chair(scenes=scenes))
         return stethoscope.Detector(C=0.1).fit(RunStore(Path(folder)).tokens("chair"))
 
 
-def _tokens(items: object) -> int:
+def _tokens(items: Iterable[object]) -> int:
     """Count the tokens of a stream."""
     return sum(isinstance(item, Token) for item in items)
 

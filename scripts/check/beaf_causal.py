@@ -41,6 +41,7 @@ from stethoscope.core.types import Generation, Sample
 from stethoscope.detection.detector import Detector
 from stethoscope.diagnosis.diagnosis import Diagnosis
 from stethoscope.metrics.bootstrap import bootstrap
+from stethoscope.tasks.base import ScoredSample
 from stethoscope.tasks.beaf import Beaf, pairs
 
 DESCRIBE = "Please describe this image in detail."
@@ -95,7 +96,7 @@ class Edit:
 def read_edits(task: Beaf) -> list[Edit]:
     """Return the edited pictures of a task from which an object that is asked about has been erased."""
     task.setup()
-    samples = [(sample, {}) for sample in task.samples()]
+    samples: list[ScoredSample] = [(sample, {}) for sample in task.samples()]
     questions: dict[str, list[tuple[Sample, Sample]]] = {}
     for first, second in pairs(samples):
         after = samples[second][0]
@@ -194,7 +195,7 @@ def main() -> None:
     detector, adapter = Detector.load(Path(folder)) if folder else None, stethoscope.load(options.model)
     table = []
     for edit in edits:
-        region = changed_region(*edit.images, threshold)
+        region = changed_region(edit.images[0], edit.images[1], threshold)
         if region.any():
             table += [*read_description(edit, adapter, detector, region), *read_questions(edit, adapter, region)]
     print_table(pd.DataFrame(table))

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 import stethoscope
 from stethoscope import testbed
-from stethoscope.core.token_table import feature_names
+from stethoscope.adapters.hf import HfAdapter
+from stethoscope.core.token_table import MentionSelection, feature_names
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.published import available_methods, columns_of, score_published
@@ -61,6 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     adapter = stethoscope.load("testbed")
+    assert isinstance(adapter, HfAdapter)
     table = mentions(RunStore(options.run).tokens("chair"))
     learned = testbed.scenes(options.pictures, seed=SEED)
     unlabelled = [mentions(RunStore(run).tokens("chair")) for run in options.unlabelled]
@@ -81,7 +83,7 @@ def mentions(table: pd.DataFrame) -> pd.DataFrame:
     return Detector().select_mentions(table)
 
 
-def present(adapter: stethoscope.adapters.base.Adapter, probe: Probe, table: pd.DataFrame) -> np.ndarray:
+def present(adapter: HfAdapter, probe: Probe, table: pd.DataFrame) -> np.ndarray:
     """Compute the probe's log-odds that the object of each row is in its picture, (rows,)."""
     wanted = set(table["group"])
     chosen = [scene for scene in testbed.scenes(1 + max(int(name.rsplit("-", 1)[1]) for name in wanted))]
@@ -99,7 +101,7 @@ def compare(
     sets = (*SETS, *([UNLABELLED] if further is not None else []), *([LABELS_ALONE] if labels_alone else []))
     test, own = folds["test"], tuple(name for name in feature_names(folds["test"]) if name != "ceiling")
     parts = {name: fold.drop(columns="ceiling") for name, fold in folds.items()}
-    selection = {"subtokens": "first", "repeats": "first"}
+    selection: MentionSelection = {"subtokens": "first", "repeats": "first"}
     values = {"ceiling": test["ceiling"].to_numpy()}
     for name in sets:
         learned = parts
@@ -177,7 +179,7 @@ def train(tokens: Tensor, labels: Tensor, epochs: int, batch: int = 64, rate: fl
 
 
 @torch.inference_mode()
-def tokens_of(adapter: stethoscope.adapters.base.Adapter, scenes: list[testbed.Scene], batch: int = 50) -> Tensor:
+def tokens_of(adapter: HfAdapter, scenes: list[testbed.Scene], batch: int = 50) -> Tensor:
     """Compute the projector's output for scenes, (pictures, N, D)."""
     features = []
     for start in range(0, len(scenes), batch):

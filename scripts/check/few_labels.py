@@ -15,12 +15,13 @@ draws of the labelled pictures. Self-verification asks the model about every men
 from __future__ import annotations
 
 import argparse
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import DataError
-from stethoscope.core.token_table import feature_names
+from stethoscope.core.token_table import MentionSelection, feature_names
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.published import SELF_VERIFICATION, available_methods, columns_of, score_published
 from stethoscope.detection.score_metrics import control_bins
@@ -32,7 +33,7 @@ from stethoscope.storage.run_dir import RunStore
 HELD_OUT = 2000  # pictures
 COUNTS = (0, 25, 50, 100, 200, 500, 1000)
 RIVALS = ("paper/hidden", "paper/haloprobe")
-SELECTION = {"subtokens": "first", "repeats": "first"}
+SELECTION: MentionSelection = {"subtokens": "first", "repeats": "first"}
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def main() -> None:
 def fitted(learn: pd.DataFrame, labelled: np.ndarray, test: pd.DataFrame, methods: dict) -> dict[str, np.ndarray]:
     """Fit ours, and beside published methods, if any and the labels are enough, these too; returns (rows,) by name."""
     columns = columns_of(named_set("default_verified"), feature_names(learn))
-    kind = "few" if labelled.any() else "none"
+    kind: Literal["few", "none"] = "few" if labelled.any() else "none"
     rows = learn.assign(label=np.where(labelled, learn["label"], -1))
     mine = Detector(features=columns, exclude=["verify_*"], labels=kind)
     scores = {f"ours, labels={kind}": mine.fit(rows).predict(test)}

@@ -146,9 +146,9 @@ def run_inspect(work: Path) -> None:
     """Run inspect_ai with a provider of our own, as its ``hf/`` provider reads no images."""
     import torch
     from datasets import load_dataset
-    from inspect_ai import Task, eval
-    from inspect_ai.dataset import MemoryDataset, Sample
-    from inspect_ai.model import (
+    from inspect_ai import Task, eval  # type: ignore[import-not-found]
+    from inspect_ai.dataset import MemoryDataset, Sample  # type: ignore[import-not-found]
+    from inspect_ai.model import (  # type: ignore[import-not-found]
         ChatCompletionChoice,
         ChatMessageAssistant,
         ChatMessageUser,
@@ -160,7 +160,7 @@ def run_inspect(work: Path) -> None:
         ModelOutput,
         modelapi,
     )
-    from inspect_ai.solver import generate
+    from inspect_ai.solver import generate  # type: ignore[import-not-found]
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from stethoscope.core.token_table import feature_names
+from stethoscope.core.token_table import MentionSelection, feature_names
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.published import SELF_VERIFICATION, available_methods, columns_of, score_published
@@ -34,7 +34,7 @@ from stethoscope.metrics.bootstrap import group_weights, split_groups
 from stethoscope.storage.run_dir import RunStore
 
 SHOWN = ("auroc", "auroc_controlled", "auroc_within_word", "ece")
-SELECTION = {"subtokens": "first", "repeats": "first"}
+SELECTION: MentionSelection = {"subtokens": "first", "repeats": "first"}
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 
@@ -131,7 +132,9 @@ class Population:
 
     def risk(self, threshold: float, limit: int) -> float:
         """Compute the share of errors if an image counts with at most ``limit`` mentions."""
-        above = "left" if self._side > 0 else "right"  # a warning is at or above the threshold
+        above: Literal["left", "right"] = (
+            "left" if self._side > 0 else "right"
+        )  # a warning is at or above the threshold
         count = len(self._sorted) - np.searchsorted(self._sorted, self._side * threshold, above)
         return float(self._weights(limit)[count] / self._weights(limit)[-1])
 

@@ -52,7 +52,7 @@ def main() -> None:
     print("most  calibration  refused  broken, splits  broken, draws  share of the rest  right kept  images")
     for most in options.most:
         for size in options.calibration:
-            results = {"splits": [], "draws": []}
+            results: dict[str, list[tuple[float, float]]] = {"splits": [], "draws": []}
             for seed in range(options.splits):
                 random = np.random.default_rng(seed)
                 order = random.permutation(len(pool.groups))

@@ -180,10 +180,9 @@ def photographs() -> Iterator[Path]:
     """Find the photographs that installed packages bring with them."""
     for package, names in PHOTOGRAPHS.items():
         spec = importlib.util.find_spec(package)
-        for name in names if spec and spec.origin else ():
-            path = Path(str(spec.origin)).parent / name
-            if path.is_file():
-                yield path
+        if spec and spec.origin:
+            paths = [Path(spec.origin).parent / name for name in names]
+            yield from (path for path in paths if path.is_file())
 
 
 def write_photographs(folder: Path, crops: int = 100) -> None:

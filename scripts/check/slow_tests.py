@@ -48,7 +48,7 @@ def slow_files(paths: Sequence[str]) -> list[str]:
 
 def commit() -> str:
     """Name the present commit, with ``+`` if files differ from it."""
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **options).stdout.strip()
     return head + "+" * bool(subprocess.run(["git", "status", "--porcelain"], **options).stdout)
 

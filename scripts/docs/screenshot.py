@@ -34,6 +34,7 @@ def main() -> None:
     folder = tempfile.mkdtemp()  # the app looks for runs where it is started
     command = [sys.executable, "-m", "stethoscope", "app", f"port={PORT}"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
         try:
             address = next(url[0] for line in server.stdout if (url := re.search(r"http://\S+", line)))
             scene = Path(folder) / "scene.png"

@@ -98,8 +98,8 @@ def load_split(cache: pathlib.Path, mode: str, count: int, seed: int, pixels: bo
                 images.append(stored["images"])
         lines = path.with_suffix(".jsonl").read_text().splitlines()
         scenes += [scene_from_dict(json.loads(line)) for line in lines]
-    images = np.concatenate(images)[:count] if pixels else np.empty((0, SIZE, SIZE, 3), np.uint8)
-    return Rendered(scenes[:count], images, np.concatenate(labels)[:count].astype(np.int64))
+    pictures = np.concatenate(images)[:count] if pixels else np.empty((0, SIZE, SIZE, 3), np.uint8)
+    return Rendered(scenes[:count], pictures, np.concatenate(labels)[:count].astype(np.int64))
 
 
 @functools.cache

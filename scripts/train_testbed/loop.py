@@ -243,14 +243,14 @@ def run(
     if "joint" in stages:
         load_student(out / "language.pt", student)
         load_student(out / "vision.pt", student, only=("model.model.vision_tower", "patches"))
-        drawn = load_split(cache, "prior", scenes, seed)
-        run_stage(AlignStage(student, seed, batch_size, drawn), align_steps, out)
+        prior = load_split(cache, "prior", scenes, seed)
+        run_stage(AlignStage(student, seed, batch_size, prior), align_steps, out)
 
         def export() -> None:
             student.model.save_pretrained(out / "model")
             build_processor(tokenizer).save_pretrained(out / "model")
 
-        joint = JointStage(student, seed, batch_size, encoder, drawn, keep_unseen)
+        joint = JointStage(student, seed, batch_size, encoder, prior, keep_unseen)
         run_stage(joint, joint_steps, out, on_checkpoint=export)
     if "measure" in stages:
         from scripts.train_testbed.measure import measure

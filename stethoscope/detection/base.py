@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -23,7 +23,7 @@ class Estimator(ClassifierMixin, BaseEstimator):
     first, by ``plugins=[my_package]`` or in Python.
     """
 
-    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> Estimator:
+    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> Self:
         """Fit on (rows, columns) float64, (rows,) labels of 0 and 1 (hallucinated), and (rows,) weights or None.
 
         Only detectors with ``factored=true`` give weights; without the argument it fits all others.
@@ -38,7 +38,7 @@ class Estimator(ClassifierMixin, BaseEstimator):
         """Return the fitted state as arrays of numbers by name: of floats (finite), int64, bool or uint8."""
         raise NotImplementedError
 
-    def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def from_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Restore the fitted state that ``to_arrays`` returned, on a new object with the same arguments.
 
         Args:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -175,7 +175,7 @@ class Detector:
 
     def fit(
         self, train: pd.DataFrame, calibration: pd.DataFrame | None = None, shared: SharedFits | None = None
-    ) -> Detector:
+    ) -> Self:
         """Fit on the judged rows of a token table.
 
         Args:

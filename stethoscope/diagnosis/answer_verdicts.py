@@ -87,6 +87,11 @@ class DiagnosedMention:
     label: int = -1
 
     @property
+    def probability(self) -> float:
+        """Return the verdict's probability that the object is hallucinated, in [0, 1]; NaN without a detector."""
+        return float("nan") if self.verdict is None else self.verdict.probability
+
+    @property
     def outcome(self) -> str:
         """Name the outcome, see ``mention_outcome``; empty without a detector, or where the truth is not known."""
         return "" if self.verdict is None or self.label < 0 else mention_outcome(self.label, self.warned)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.special import digamma
 
-FloatOrArray = float | np.ndarray
-"""A float for weights of shape (n,) or none, an array (replicates,) for weights of shape (replicates, n)."""
+FloatOrArray = float | Any
+"""A float for weights of shape (n,) or none, an array (replicates,) for weights of shape (replicates, n).
+
+Types know no shapes: ``float | Any`` lets a caller, who knows them, use either without a cast.
+"""
 
 LOOKED_UP = 10**6  # largest count whose sum of harmonic numbers is looked up
 BLOCK = 16  # rows of a block of sums

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def stream(
     extraction: Extraction | MentionExtractor | str | None = None,
     asks: str = "question",
     history: Sequence[tuple[str, str]] = (),
-) -> Iterator[StreamEvent]:
+) -> Generator[StreamEvent, None, None]:
     """Stream an answer as typed events: its tokens, warnings of the objects that it names, the finished answer.
 
     The tokens are those of ``adapter.generate``; probabilities are those of the detector on a trace of the finished
@@ -103,7 +103,7 @@ def stream(
 
 def _stream_tokens(
     streamer: WarningStreamer, diagnosed: Callable[[], tuple[tuple[DiagnosedMention, ...], str]]
-) -> Iterator[StreamEvent]:
+) -> Generator[StreamEvent, None, None]:
     with streamer:
         count = 0
         for _ in decode_answers([streamer]):

@@ -1,10 +1,11 @@
 """The order of the packages, on every import of the code, and that the light commands stay light."""
 
 import ast
+import re
 import resource
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -89,6 +90,68 @@ def test_modules_do_not_import_each_other_in_a_circle():
 def test_no_two_modules_have_one_name():
     counts = Counter(module_name(path).split(".")[-1] for path in FILES if "commands" not in path.parts)
     assert {name for name, count in counts.items() if count > 1} <= SEVERAL
+
+
+COMMON_BASES = {
+    "ABC",
+    "Protocol",
+    "NamedTuple",
+    "TypedDict",
+    "Enum",
+    "Exception",
+    "ValueError",
+    "Module",
+    "BaseEstimator",
+}
+HOOKS = {"_repr_html_", "_repr_png_", "_init_weights"}  # private methods that IPython and transformers call
+
+
+def test_every_private_method_is_called():
+    """A method that is renamed leaves overrides behind that nothing calls, and what they changed is silently lost."""
+    folders = (ROOT / name for name in ("stethoscope", "adapters", "tasks", "scripts", "examples"))
+    trees = {path: ast.parse(path.read_text()) for folder in folders for path in sorted(folder.rglob("*.py"))}
+    reads = {path: _reads(tree) for path, tree in trees.items()}
+    classes = [
+        (path, node) for path, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    ]
+    methods = [(path, cls, method) for path, cls in classes for method in cls.body if _is_private_method(method)]
+    related = defaultdict(set)  # by name of a class, its bases and its subclasses
+    for _, cls in classes:
+        for base in (node for expression in cls.bases for node in ast.walk(expression)):
+            name = getattr(base, "id", getattr(base, "attr", cls.name))
+            related[cls.name].add(name)
+            related[name].add(cls.name)
+    dead = []
+    for path, cls, method in methods:
+        family = _family(cls.name, related)
+        files = {path} | {other for other, relative in classes if relative.name in family}
+        calls = sum(reads[file][method.name] for file in files)
+        for _, relative, other in methods:  # an override that alone calls ``super()._join`` is dead as well
+            if other.name == method.name and relative.name in family:
+                calls -= _reads(other)[method.name]
+        if calls <= 0 and method.name not in HOOKS:
+            dead.append(f"{path.relative_to(ROOT)}: {cls.name}.{method.name}")
+    assert dead == []
+
+
+def _is_private_method(node):
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and re.match("_[^_]", node.name)
+
+
+def _reads(tree):
+    """Count the names that are read as attributes, or stand as texts, as for ``getattr``."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Constant)))
+    return Counter(node.attr if isinstance(node, ast.Attribute) else node.value for node in nodes)
+
+
+def _family(name, related):
+    """Names of a class's bases and subclasses, and of theirs, but for the bases that all kinds of classes have."""
+    family, pending = {name}, [name]
+    while pending:
+        new = related[pending.pop()] - family - COMMON_BASES
+        family |= new
+        pending += new
+    return family
 
 
 def test_no_two_files_of_tests_have_one_name():
