@@ -113,6 +113,7 @@ class Detector:
         self._model: CalibratedModel | None = None
         self.design = Design()
         self._base_rate = 0.5
+        self._shared: SharedFits | None = None
 
     def __repr__(self) -> str:
         shown = (f"{key}={self.settings[key]!r}" for key in ("estimator", "calibration", "features"))
@@ -173,16 +174,21 @@ class Detector:
         """The inverse regularisation strength C that was given or chosen; None before ``fit`` and for ``boosting``."""
         return None if self._model is None else self._model.C
 
-    def fit(
-        self, train: pd.DataFrame, calibration: pd.DataFrame | None = None, shared: SharedFits | None = None
-    ) -> Self:
+    def sharing(self, shared: SharedFits | None) -> Self:
+        """Let ``fit`` make what it has in common with other detectors only once; None ends that.
+
+        It is no argument of ``fit``, which detectors of one's own override.
+        """
+        self._shared = shared
+        return self
+
+    def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Self:
         """Fit on the judged rows of a token table.
 
         Args:
             train: token table, images to learn from.
             calibration: token table of other images, to calibrate on and to choose the threshold; without it
                 out-of-fold scores of ``train`` are used.
-            shared: fits in common with other detectors, which are not made again; None for none.
 
         Returns:
             The detector itself.
@@ -200,7 +206,7 @@ class Detector:
         train, calibration = tables = self._selection.centre_replies(train, calibration)
         unlabelled = self._selection.unlabelled(train)
         train = self._selection.labelled(train)
-        self.design, matrix = Design.fit(self.settings, train, unlabelled, shared)
+        self.design, matrix = Design.fit(self.settings, train, unlabelled, self._shared)
         examples = Examples.of(matrix, train)
         held_out = None
         if calibration is not None:
@@ -211,7 +217,7 @@ class Detector:
                 raise DataError(f"{len(both)} images are in both folds, {str(min(both))!r} for one; split by image")
         kind, C, seed, method = (self.settings[key] for key in ("estimator", "C", "seed", "calibration"))
         more = None if unlabelled is None else self.design.matrix(unlabelled)
-        estimator = self.inputs.classifier(kind, C, seed, more, shared=shared)
+        estimator = self.inputs.classifier(kind, C, seed, more, shared=self._shared)
         model = CalibratedModel.fit(estimator, examples, held_out, method, C)
         # the share of hallucinated mentions where its probabilities are right
         base_rate = float((examples if held_out is None or method == "none" else held_out).labels.mean())

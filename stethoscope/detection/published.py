@@ -89,7 +89,7 @@ def available_methods(table: pd.DataFrame) -> list[Method]:
         table: mentions of the training fold.
     """
     names = list(feature_names(table))
-    columns = [name for name, known in table[names].notna().any().items() if known]
+    columns = [str(name) for name, known in table[names].notna().any().items() if known]
     columns += [name for name, same in EQUIVALENT.items() if name not in columns and same in columns]
     methods = []
     for name, features in _published_sets():

@@ -94,7 +94,8 @@ def train_detector(
     shared = SharedFits() if others else None
     for name, candidate in detectors.items():
         report(f"fitting {name}")
-        candidate.fit(train, calibration, shared)
+        candidate.sharing(shared).fit(train, calibration)
+        candidate.sharing(None)
     report("measuring")
     board = build_leaderboard(table, detectors, parts_of, replicates, seed, published=published)
     parts = {name: detector.select_mentions(table[mask]) for name, mask in parts_of.items()}
@@ -216,7 +217,7 @@ def ablate(
         progress(f"fitting without {group} ({len(columns)} columns)")
         remaining = [name for name in detector.features if name not in set(columns)]
         settings = {**detector.settings, "features": remaining, "exclude": [], "threshold": "f1"}
-        refitted = MeasuredDetector(**settings).fit(train, calibration, shared)
+        refitted = MeasuredDetector(**settings).sharing(shared).fit(train, calibration)
         scores[f"without {group}"] = refitted.predict(test)
     resamples = group_weights(test["group"].to_numpy(dtype=str), replicates, seed)
     figures = evaluate_scores(test, scores, resamples)

@@ -178,7 +178,9 @@ def test_fits_in_common_are_made_once_and_change_nothing():
 
     train, calibration, test = map(with_states, (TRAIN, CALIBRATION, TEST))
     shared, sets = SharedFits(), (None, ["mass", "hidden_*", "attended_*"], ["nll", "hidden_*"])
-    first, second, third = (Detector(C=0.1, features=features).fit(train, calibration, shared) for features in sets)
+    first, second, third = (
+        Detector(C=0.1, features=features).sharing(shared).fit(train, calibration) for features in sets
+    )
     for detector, features in zip((first, second, third), sets, strict=True):
         alone = Detector(C=0.1, features=features).fit(train, calibration)
         assert np.array_equal(detector.predict(test), alone.predict(test))
@@ -187,7 +189,7 @@ def test_fits_in_common_are_made_once_and_change_nothing():
     looks, others = first.model.model, second.model.model
     assert looks.grounding_ is others.grounding_
     assert looks.classifier_.probe_ is others.classifier_.probe_ is third.model.model.probe_
-    fifth = Detector(C=0.1, features=sets[2], seed=5).fit(train, calibration, shared)
+    fifth = Detector(C=0.1, features=sets[2], seed=5).sharing(shared).fit(train, calibration)
     assert fifth.design.image_probe is not probes[0]
     assert fifth.model.model.probe_ is not third.model.model.probe_
 
