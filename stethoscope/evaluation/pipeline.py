@@ -363,7 +363,8 @@ class SamplePipeline:
             self._session.call("on_trace", state.sample, traced[id(state)])
 
         def compute(batch: Sequence[SampleState]) -> Sequence[Mapping[str, np.ndarray]]:
-            return required(self.features).compute_batch([traced[id(state)] for state in batch])
+            assert self.features is not None  # or nothing is traced
+            return self.features.compute_batch([traced[id(state)] for state in batch])
 
         rows: list[tuple[SampleState, TokenRows]] = []
         for state, columns in zip(states, self._in_batches(states, "trace", compute), strict=True):
