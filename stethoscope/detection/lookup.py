@@ -196,10 +196,15 @@ def mention_probabilities(table: pd.DataFrame, detector: Detector) -> MentionPro
     Raises:
         ArtefactError: the table has other features than the detector was fitted on.
     """
-    rows = detector.select_mentions(table, judged=False)
-    rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
+    rows = first_subtokens(table, detector)
     deciding = detector.deciding_rows(rows)
     return MentionProbabilities(rows, deciding, detector.predict(rows)[deciding])
+
+
+def first_subtokens(table: pd.DataFrame, detector: Detector) -> pd.DataFrame:
+    """Select the row of the first sub-token of every mention, judged or not, as a detector reads mentions."""
+    rows = detector.select_mentions(table, judged=False)
+    return rows[rows["is_first_subtoken"]].reset_index(drop=True)
 
 
 def mention_warnings(
@@ -217,13 +222,15 @@ def mention_warnings(
     """
     named = table[table["mention_index"] >= 0]
     ends = named.groupby(["task", "sample_id", "mention_index"], sort=False)["end"].max().rename("until")
-    first, deciding, probabilities = mention_probabilities(table, detector)
+    first = first_subtokens(table, detector)
+    deciding = detector.deciding_rows(first)
     rows = first[["task", "sample_id", "group", "object", "start", "label", "mention_index"]].copy()
-    rows["probability"] = probabilities
-    rows["evidence"], rows["prior"] = None, None
     if detector.additive:
         explanation = detector.explain(first)
-        rows["evidence"], rows["prior"] = explanation.evidence[deciding], explanation.prior[deciding]
+        parts = explanation.probability, explanation.evidence, explanation.prior
+        rows["probability"], rows["evidence"], rows["prior"] = (part[deciding] for part in parts)
+    else:
+        rows["probability"], rows["evidence"], rows["prior"] = detector.predict(first)[deciding], None, None
     candidates = detector.visual_evidence(first)
     rows["visual_evidence"] = [candidates[row] for row in deciding]
     rows["unlike"], rows["shift_p"] = _unlike(detector, table, first)
