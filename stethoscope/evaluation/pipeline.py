@@ -85,7 +85,7 @@ class SampleState:
         return self.encoded
 
     @property
-    def given_answer(self) -> Answer:
+    def known_answer(self) -> Answer:
         """The answer, which every state has that generated or reused one without an error."""
         assert self.answer is not None
         return self.answer
@@ -272,7 +272,7 @@ class SamplePipeline:
                     state.answer, state.edit = edited
 
     def _edit_batch(self, states: Sequence[SampleState]) -> Sequence[EditedAnswer]:
-        prompts, answers = [state.inputs for state in states], [state.given_answer for state in states]
+        prompts, answers = [state.inputs for state in states], [state.known_answer for state in states]
         return required(self._editor)([state.sample for state in states], prompts, answers)
 
     def _in_batches(
@@ -344,7 +344,7 @@ class SamplePipeline:
         from stethoscope.tracing.mention_passes import Resampling, trace_answers  # torch, which scoring texts needs not
 
         encoded = [state.inputs for state in states]
-        answers = [state.given_answer for state in states]
+        answers = [state.known_answer for state in states]
         images, mentions = [state.sample.image for state in states], [state.mentions for state in states]
         resampling = None
         if "samples" in self._requires:
