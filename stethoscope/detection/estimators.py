@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from sklearn.base import BaseEstimator, clone
@@ -154,6 +154,46 @@ def out_of_fold(
         fitted = fit_weighted(clone(estimator), matrix[train], labels[train], train_weights)
         scores[test] = fitted.decision_function(matrix[test])
     return scores
+
+
+class Reducer(Protocol):
+    """A fitted part of a classifier that reduces its inputs to a few columns."""
+
+    def transform(self, X: np.ndarray, /) -> np.ndarray:
+        """Return (rows, outputs) of (rows, columns)."""
+
+
+Reduced = TypeVar("Reduced", bound=Reducer)
+
+
+def cross_fit(
+    fit: Callable[[np.ndarray], Reduced],
+    fit_all: Callable[[], Reduced],
+    inputs: np.ndarray,
+    outputs: int,
+    folds: list[tuple[np.ndarray, np.ndarray]] | None,
+    draft: bool,
+) -> tuple[Reduced, np.ndarray]:
+    """Fit a part of a classifier, and reduce every row by one that was fitted without its image.
+
+    Args:
+        fit: fits it on the rows of these indices.
+        fit_all: fits it on all rows.
+        inputs: (rows, columns) to reduce.
+        outputs: number of columns that it reduces them to.
+        folds: of ``inner_folds``.
+        draft: judge others by the one of the last fold, instead of by one that is fitted on all rows.
+
+    Returns:
+        The part for other rows, and (rows, outputs), which are its own where there are no folds.
+    """
+    columns = np.zeros((len(inputs), outputs))
+    for train, test in folds or ():
+        part = fit(train)
+        columns[test] = part.transform(inputs[test])
+    if folds is None or not draft:
+        part = fit_all()
+    return part, part.transform(inputs) if folds is None else columns
 
 
 def choose_C(estimator: BaseEstimator, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> BaseEstimator:

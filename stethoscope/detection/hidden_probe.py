@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.special import expit
@@ -23,6 +24,7 @@ from stethoscope.detection.estimators import (
     SharedFits,
     Stacked,
     add_prefix,
+    cross_fit,
     inner_folds,
     make_once,
     out_of_fold,
@@ -320,7 +322,7 @@ class AdamW:
         self._weights -= size
 
 
-def cross_fit(
+def fit_hidden_probe(
     states: np.ndarray,
     targets: np.ndarray,
     further_states: np.ndarray,
@@ -357,13 +359,8 @@ def cross_fit(
         learned = np.vstack([states[rows], further_states]), np.vstack([targets[rows], further_targets])
         return HiddenProbe.fit(*learned, seed, members, epochs, steps, apart)
 
-    folds, scores = inner_folds(groups, labels, draft), np.zeros((len(states), len(COLUMNS)))
-    for train, test in folds or ():
-        probe = fitted_on(train, 1)
-        scores[test] = probe.transform(states[test])
-    if folds is None or not draft:  # a draft judges by the probe of its last fold
-        probe = fitted_on(slice(None), members)
-    return probe, probe.transform(states) if folds is None else scores
+    whole, folds = partial(fitted_on, slice(None), members), inner_folds(groups, labels, draft)
+    return cross_fit(partial(fitted_on, members=1), whole, states, len(COLUMNS), folds, draft)
 
 
 class Probed(Stacked):
@@ -405,12 +402,14 @@ class Probed(Stacked):
         states, targets = self._states(X), np.column_stack([labels, expit(boundary - X[:, -1])])
         further = self._states(more), np.column_stack([np.full(len(more), np.nan), expit(boundary - more[:, -1])])
         data = (states, targets, *further, y, groups)
-        self.probe_, scores = make_once(self.shared, cross_fit, *data, self.seed, self.taught, self.draft)
+        self.probe_, scores = make_once(self.shared, fit_hidden_probe, *data, self.seed, self.taught, self.draft)
         matrix = np.hstack([scores, X[:, : -self.size - 1]])
         classifier = self._fit_classifier(matrix, y, groups)
-        self.held_out_, folds = None, inner_folds(groups, y, self.draft)
-        if self.taught and folds is not None and not isinstance(classifier, GroupedEstimator):
-            self.held_out_ = out_of_fold(classifier, matrix, y, folds)  # no label is in the scores that it reads
+        self.held_out_ = None
+        if self.taught and not isinstance(classifier, GroupedEstimator):
+            folds = inner_folds(groups, y, self.draft)
+            if folds is not None:  # no label is in the scores that it reads
+                self.held_out_ = out_of_fold(classifier, matrix, y, folds)
         return self
 
     def _states(self, X: np.ndarray) -> np.ndarray:

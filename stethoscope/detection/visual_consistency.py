@@ -9,6 +9,7 @@ those of mentions, and no further forward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from scipy.special import log_softmax
@@ -23,6 +24,7 @@ from stethoscope.detection.estimators import (
     SharedFits,
     Stacked,
     add_prefix,
+    cross_fit,
     inner_folds,
     make_once,
     restore_estimator,
@@ -125,7 +127,7 @@ class GroundingClassifier(BaseEstimator):
         return np.where(np.isfinite(columns), columns, 0.0)
 
 
-def cross_fit(
+def fit_grounding(
     evidence: np.ndarray,
     evidence_labels: np.ndarray,
     further_evidence: np.ndarray,
@@ -155,13 +157,8 @@ def cross_fit(
         parts = np.vstack([evidence[rows], further_evidence]), np.concatenate([evidence_labels[rows], further_labels])
         return GroundingClassifier(objects, DRAFT_TOLERANCE if draft else TOLERANCE).fit(*parts)
 
-    folds, columns = inner_folds(groups, labels, draft), np.zeros((len(evidence), len(COLUMNS)))
-    for train, test in folds or ():
-        grounding = fitted_on(train)
-        columns[test] = grounding.transform(evidence[test])
-    if folds is None or not draft:  # a draft judges by the classifier of its last fold
-        grounding = fitted_on(slice(None))
-    return grounding, grounding.transform(evidence) if folds is None else columns
+    folds = inner_folds(groups, labels, draft)
+    return cross_fit(fitted_on, partial(fitted_on, slice(None)), evidence, len(COLUMNS), folds, draft)
 
 
 class VisualConsistency(Stacked):
@@ -202,7 +199,7 @@ class VisualConsistency(Stacked):
         more = X[:0] if self.unlabelled is None else self.unlabelled
         labels, further = self._evidence_labels(X, y), self._evidence_labels(more, np.zeros(len(more)))
         data = (evidence, labels, more[:, -self.size :], further, y, groups)
-        self.grounding_, grounding = make_once(self.shared, cross_fit, *data, self.objects, self.draft)
+        self.grounding_, grounding = make_once(self.shared, fit_grounding, *data, self.objects, self.draft)
         self._fit_classifier(np.hstack([grounding, own]), y, groups)
         self.held_out_ = getattr(self.classifier_, "held_out_", None)
         return self
