@@ -1,7 +1,7 @@
 """Train the text-only detector that ships with the package, and judge its recipe on families it has not seen.
 
     python scripts/train_text_only.py ../shared/data/real_captions           # train and ship
-    python scripts/train_text_only.py ../shared/data/real_captions --judge   # print the tables of docs/detectors.md
+    python scripts/train_text_only.py ../shared/data/real_captions --judge   # print the tables of docs/captions.md
 
 The folder has JSON lines (`image_id`, `caption`, `model`) and `objects.json` (image id -> objects that are there).
 To judge, every family of models is held out in turn: the detector learns from captions of the other families and of

@@ -39,7 +39,7 @@ it holds an object for each mention of one of COCO's 80 objects, such as
 
 start and end are characters of the caption, from 0. All mentions of one object in a caption have one probability. It is
 calibrated on the eight families together: a model that hallucinates far more or less than they do needs its own
-threshold (docs/detectors.md has the figures). Written names are CHAIR's, so that the colour orange counts as the fruit.
+threshold (docs/captions.md has the figures). Written names are CHAIR's, so that the colour orange counts as the fruit.
 
 overwrite: replace a file that is there. detector: a file of your own, from `TextOnlyDetector.fit(...).save(FILE)`.
 Nothing is written if a line is broken; the error names it.

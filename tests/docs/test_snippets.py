@@ -37,7 +37,7 @@ LINE_COMMANDS = {
 }  # no Hydra applications
 OTHER_PROGRAMS = {"git", "cd", "export", "wandb", "pre-commit"}
 SLOW = {"README", "quickstart", "detectors", "looking", "mitigation", "runs", "streaming", "features"}
-SLOW |= {"own/feature", "own/detector", "own/estimator"}
+SLOW |= {"own/feature", "own/detector", "own/estimator", "shift"}
 """Pages that train a detector, stream, or compare methods; what they show is tested on fewer scenes elsewhere."""
 NUMBER = re.compile(r"\d*\.?\d+")
 
