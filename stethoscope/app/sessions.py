@@ -7,7 +7,6 @@ last connection is closed, or after ``IDLE`` seconds without a question.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import logging
 import re
@@ -23,6 +22,7 @@ from urllib.parse import parse_qs
 
 from stethoscope.app.access import API, respond
 from stethoscope.core.errors import DataError
+from stethoscope.core.system import return_memory
 
 if TYPE_CHECKING:
     from stethoscope.app.answer import AnswerSession
@@ -369,15 +369,9 @@ class SessionMiddleware:
                 for session_hash in ended:
                     await self._release(session_hash)
                 if ended:
-                    _return_memory()
+                    return_memory()
             except Exception:  # a bug of ours, which must not keep later sessions from ending
                 logger.exception("ending sessions failed")
-
-
-def _return_memory() -> None:
-    """Return freed memory to the system; Pillow's blocks of 16 MiB would stay in the C library's arenas."""
-    with suppress(AttributeError, OSError, TypeError):  # only glibc has this function
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Refused(Exception):

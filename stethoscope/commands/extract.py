@@ -14,8 +14,9 @@ from stethoscope.commands.common import build_generation, make_callbacks, report
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.core.system import rank
+from stethoscope.core.text import listed
 from stethoscope.features import FeatureSet
-from stethoscope.features.columns import check_same_model, feature_of, matching_columns, shorten
+from stethoscope.features.columns import check_same_model, feature_of, matching_columns
 from stethoscope.storage.run_dir import RunStore, saved_config
 from stethoscope.tasks.base import Task
 
@@ -216,5 +217,5 @@ def _check_detector(detector: Detector, features: FeatureSet, warn: str, folder:
     if lacking:
         raise ConfigError(
             f"warn={warn} was trained on {len(lacking)} features that features= does not choose: "
-            f"{shorten(lacking)}; choose what it was trained on"
+            f"{listed(lacking)}; choose what it was trained on"
         )

@@ -32,6 +32,11 @@ def package_names(text: str) -> list[str]:
     return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
 
 
+def _as_names(plugins: str | Sequence[str] | None) -> Sequence[str]:
+    """Return the names of the setting ``plugins``, of which a single one may come without a list around it."""
+    return [plugins] if isinstance(plugins, str) else plugins or ()
+
+
 def import_plugins(plugins: str | Sequence[str] | None) -> None:
     """Import packages, whose features register themselves.
 
@@ -41,7 +46,7 @@ def import_plugins(plugins: str | Sequence[str] | None) -> None:
     Raises:
         ConfigError: one is no name of a package, or cannot be imported.
     """
-    for name in [plugins] if isinstance(plugins, str) else plugins or ():
+    for name in _as_names(plugins):
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise ConfigError(f"plugins={_SHORT.repr(name)} should name Python packages, as in plugins=[my_package]")
         try:
@@ -64,7 +69,7 @@ def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     Raises:
         ConfigError: the path is outside the allowed packages, cannot be imported or is not defined by them.
     """
-    allowed = ("stethoscope", *([plugins] if isinstance(plugins, str) else plugins))
+    allowed = ("stethoscope", *_as_names(plugins))
     shown = _SHORT.repr(path)
     module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
     package = module.split(".")[0]
@@ -134,17 +139,15 @@ def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugi
     if not isinstance(plain, Mapping) or TARGET not in plain:
         raise ConfigError(f"{key} has no {TARGET}; it should name a class, for example by choosing {key}=<name>")
     settings = {str(name): value for name, value in plain.items() if name != TARGET}
-    own = {name: settings[name] for name in getattr(base, "CLASS_SETTINGS", ()) if name in settings}
-    for name, node in own.items():
+    plain_values = dict(settings)  # without the classes that the constructor checks
+    for name in getattr(base, "CLASS_SETTINGS", ()):
+        node = settings.get(name)
         path = node.get(TARGET) if isinstance(node, Mapping) else node
-        if isinstance(path, str) and _inside(
-            path.rpartition(".")[0], [plugins] if isinstance(plugins, str) else plugins
-        ):
+        if isinstance(path, str) and _inside(path.rpartition(".")[0], _as_names(plugins)):
             import_name(path, f"{key}.{name}", plugins)
-    inner = {
-        name: {k: v for k, v in node.items() if k != TARGET} for name, node in own.items() if isinstance(node, Mapping)
-    }
-    for path in _special_keys(settings | inner, key):
+        if isinstance(node, Mapping):
+            plain_values[name] = {inner: value for inner, value in node.items() if inner != TARGET}
+    for path in _special_keys(plain_values, key):
         raise ConfigError(f"{path}: only {key} itself names a class, its settings are plain values given by name")
     cls = import_class(plain[TARGET], base, f"{key}.{TARGET}", plugins)
     try:

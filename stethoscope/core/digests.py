@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import hashlib
 import importlib
 import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from stethoscope.core.errors import ArtefactError
 from stethoscope.core.files import read_json, write_json
@@ -158,28 +156,3 @@ def _module_file(name: str, package: str) -> Path | None:
             if file.is_file():
                 return file
     return None
-
-
-def jsonable(value: Any) -> Any:
-    """Convert a value to plain JSON types: sets sorted, paths by their last part, other objects by ``str``.
-
-    >>> jsonable({"needs": {"lens", "blank"}, "file": Path("/data/coco/val2014"), "tau": (0.5, None)})
-    {'needs': ['blank', 'lens'], 'file': 'val2014', 'tau': [0.5, None]}
-    """
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted((jsonable(item) for item in value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return Path(value).name  # a moved folder holds the same data
-    if hasattr(value, "tolist"):  # NumPy scalars and arrays
-        return jsonable(value.tolist())
-    return str(value)

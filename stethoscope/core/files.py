@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -88,6 +90,31 @@ def write_json(path: str | os.PathLike, value: Any, indent: int | None = 1) -> N
         ValueError: a number is not finite.
     """
     atomic_write(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def jsonable(value: Any) -> Any:
+    """Convert a value to plain JSON types: sets sorted, paths by their last part, other objects by ``str``.
+
+    >>> jsonable({"needs": {"lens", "blank"}, "file": Path("/data/coco/val2014"), "tau": (0.5, None)})
+    {'needs': ['blank', 'lens'], 'file': 'val2014', 'tau': [0.5, None]}
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((jsonable(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return Path(value).name  # a moved folder holds the same data
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays
+        return jsonable(value.tolist())
+    return str(value)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -324,11 +351,17 @@ def plain_json(text: str) -> Any:
         ValueError: it is none.
         RecursionError: it is nested too deeply.
     """
-    return json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
 
 
-def _not_finite(word: str) -> Any:
-    raise ValueError(f"{word} is not a JSON value")
+def _finite(text: str) -> float:
+    """Convert a number of a JSON file, or one of the words NaN, Infinity and -Infinity, which Python accepts there."""
+    if text.endswith(("NaN", "Infinity")):
+        raise ValueError(f"{text} is not a JSON value")
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is too large for a number")
+    return number
 
 
 @cache
@@ -351,13 +384,6 @@ def _plain_loader() -> type:
                 self.depth -= 1
 
     return PlainLoader
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if number - number != 0:
-        raise ValueError(f"{digits[:20]} is too large for a number")
-    return number
 
 
 def _of_kind(path: object, value: Any, kind: type, remedy: str) -> Any:

@@ -45,19 +45,15 @@ def json_text(data: Any) -> str:
     return text
 
 
-def json_block(name: str, data: Any) -> Markup:
-    """Write data for the page's script into a ``<script>`` element that browsers do not run.
+def json_block(data: Any) -> Markup:
+    """Write JSON-able data for the page's script into a ``<script id="data">`` element, which browsers do not run.
 
-    Args:
-        name: id of the element.
-        data: JSON-able.
-
-    >>> print(json_block("data", {"text": "</script><b>"}))
+    >>> print(json_block({"text": "</script><b>"}))
     <script type="application/json" id="data">{"text":"\\u003c/script\\u003e\\u003cb\\u003e"}</script>
     """
     from markupsafe import Markup
 
-    return Markup(f'<script type="application/json" id="{escape(name)}">{json_text(data)}</script>')
+    return Markup(f'<script type="application/json" id="data">{json_text(data)}</script>')
 
 
 def data_uri(image: Image, side: int | None = None) -> str:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,6 @@ from stethoscope.core.errors import CapabilityError, ConfigError, DataError, Ste
 _MEMORY_PHRASES = (
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed",
 )  # fmt: skip
-
-
 _DISK_ERRORS = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "the disk quota is used up",
@@ -75,9 +73,15 @@ def reset_peak_memory() -> None:
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         return
-    with suppress(AttributeError, OSError):  # another C library than glibc, another system than Linux
-        ctypes.CDLL(None).malloc_trim(0)
+    return_memory()
+    with suppress(OSError):  # another system than Linux
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_memory() -> None:
+    """Return freed memory to the system, such as Pillow's blocks of 16 MiB, which the C library would keep."""
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has this function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory() -> int | None:
@@ -123,31 +127,50 @@ class ModelFaults(AbstractContextManager[None]):
             raise self.kind(f"{self.failing}: {describe_error(error)}") from error
 
 
-def describe_error(error: BaseException, most: int = 300) -> str:
-    """Describe an error in one line: its type and message, at most ``most`` characters.
+def describe_error(error: BaseException) -> str:
+    """Describe an error in one line: its type and message, at most 300 characters.
 
     >>> describe_error(KeyError("image")), describe_error(NotImplementedError())
     ("KeyError: 'image'", 'NotImplementedError')
     """
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 @contextmanager
-def default_signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the process at once, even while a C function never returns.
-
-    Only for steps before anything has begun that should be ended properly.
-    """
-    if threading.current_thread() is not threading.main_thread():
+def _signal_handlers(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Set the handlers of signals, by their numbers, within the block; in threads but the main one nothing is set."""
+    if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def default_signals() -> AbstractContextManager[None]:
+    """Let Ctrl-C and SIGTERM end the process at once within the block, even while a C function never returns.
+
+    Only for steps before anything has begun that should be ended properly.
+    """
+    return _signal_handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_DFL))
+
+
+def ended_by_signal() -> AbstractContextManager[None]:
+    """Let SIGTERM end a run within the block as Ctrl-C does: flushed and marked as interrupted.
+
+    SIGINT is handled even where it was ignored, as shells do for background jobs of a script. The block ends with
+    ``Terminated`` when SIGTERM arrives.
+    """
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return _signal_handlers({signal.SIGTERM: end, **({signal.SIGINT: signal.default_int_handler} if ignored else {})})
 
 
 @contextmanager
@@ -170,32 +193,6 @@ def disk_faults(folder: Path | None = None) -> Iterator[None]:
             f"{path} cannot be written or read: {_DISK_ERRORS[error.errno]}; the results so far are kept; "
             "fix this and run the same command again to resume"
         ) from error
-
-
-@contextmanager
-def ended_by_signal() -> Iterator[None]:
-    """Let SIGTERM end a run like Ctrl-C does: flushed and marked as interrupted.
-
-    SIGINT is handled even where it was ignored, as shells do for background jobs of a script.
-
-    Raises:
-        Terminated: the signal arrived.
-    """
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
-        yield
-        return
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Output:

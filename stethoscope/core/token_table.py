@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError, unknown, wrong_type
+from stethoscope.core.text import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,12 +113,7 @@ class FeatureSchema:
             ("missing", sorted(set(self.names) - set(other.names))),
             ("not expected", sorted(set(other.names) - set(self.names))),
         )
-        return "; ".join(f"{kind}: {_shorten(names)}" for kind, names in parts if names)
-
-
-def _shorten(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+        return "; ".join(f"{kind}: {listed(names)}" for kind, names in parts if names)
 
 
 def object_index(rows: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:

@@ -214,7 +214,7 @@ def page(diagnosis: Diagnosis) -> str:
     data = {**payload(diagnosis), "answer_id": "page"}
     data["summary"] += f", {sum(diagnosis.seconds.values()):.1f} s"  # warnings and outcomes have a line of their own
     parts = {key: data[key] for key in ("asked", "text", "summary", "notes", "scope")}
-    body = render("diagnosis/page.html", viewer=viewer(**parts), data=json_block("data", data))
+    body = render("diagnosis/page.html", viewer=viewer(**parts), data=json_block(data))
     code = render("diagnosis/page.js", viewer=script())
     return document(f"stethoscope: {diagnosis.question}", body, asset("diagnosis/viewer.css"), code)
 

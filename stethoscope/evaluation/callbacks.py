@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.files import jsonable
 from stethoscope.core.text import console, wrap_streams
 from stethoscope.loggers.base import TablePicture
 from stethoscope.relevancy.heatmaps import heat, image_token_tiles, name_attention, raster, relevancy_tiles

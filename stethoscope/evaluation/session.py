@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters.base import Adapter
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.files import jsonable
 from stethoscope.core.system import disk_faults
 from stethoscope.core.types import Sample, required
 from stethoscope.evaluation.distributed import PeerFailed, current_state

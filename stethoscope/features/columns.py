@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import ArtefactError, ConfigError
+from stethoscope.core.text import listed
 from stethoscope.core.token_table import KEY_COLUMNS, feature_names
 from stethoscope.features import FEATURES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_NAMES = 6  # in a message
 
 _LAYER = re.compile(r"_l\d+(h\d+)?")
 
@@ -62,7 +62,7 @@ def select_columns(table: pd.DataFrame, features: Sequence[str], label: str, rem
     lacking = [name for name in features if name not in owners.values()]
     if lacking:
         raise ArtefactError(
-            f"{label} has no columns of {len(lacking)} of {len(features)} features ({shorten(lacking)}); compute them "
+            f"{label} has no columns of {len(lacking)} of {len(features)} features ({listed(lacking)}); compute them "
             f"with `{remedy}` (nothing is generated again), or leave them out: features.exclude=[...]"
         )
     return keep_columns(table, [column for column, owner in owners.items() if owner in set(features)])
@@ -87,8 +87,8 @@ def matching_columns(table: pd.DataFrame, names: Sequence[str], label: str) -> p
     layered = {feature_of(name) for name in names if _LAYER.search(name)}
     deeper = [name for name in available if name not in names and feature_of(name) in layered and _LAYER.search(name)]
     if missing or deeper:
-        parts = [f"lacks {len(missing)} columns ({shorten(missing)})"] if missing else []
-        parts += [f"has {len(deeper)} layers or heads more ({shorten(deeper)})"] if deeper else []
+        parts = [f"lacks {len(missing)} columns ({listed(missing)})"] if missing else []
+        parts += [f"has {len(deeper)} layers or heads more ({listed(deeper)})"] if deeper else []
         raise ConfigError(
             f"{label} {' and '.join(parts)}: a column of one layer means the same only in a model of the same depth. "
             "Choose features without layers (features=uncertainty, or detector.exclude=['*_l*']), or compute the "
@@ -129,12 +129,6 @@ def check_same_model(names: Sequence[str], source: Mapping[str, Any], target: Ma
         exclude = ",".join(f"'{name}*'" for name in states)
         raise ConfigError(
             f"{label} has other weights than the model that the detector learns from, {source.get('model_id')}, and "
-            f"{shorten(states)} are states, which cannot be compared between models. Leave them out when you train: "
+            f"{listed(states)} are states, which cannot be compared between models. Leave them out when you train: "
             f"detector.exclude=[{exclude}]"
         )
-
-
-def shorten(names: Sequence[str]) -> str:
-    """Join the first names of a list, and say how many more there are."""
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more

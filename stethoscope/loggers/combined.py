@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stethoscope.core.digests import jsonable
+from stethoscope.core.files import jsonable
 from stethoscope.core.text import redact, redact_text
 from stethoscope.loggers.base import Logger, Marked, TablePicture, plain_table
 from stethoscope.loggers.file_loggers import JsonLogger

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stethoscope.core.digests import jsonable
-from stethoscope.core.files import atomic_write, unshare
+from stethoscope.core.files import atomic_write, jsonable, unshare
 from stethoscope.loggers.base import Logger, flat_settings, plain_table
 
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.core.files import jsonable
 from stethoscope.loggers.base import Logger, Marked, TablePicture, as_labels, check_limits, stored_id
 
 Mode = Literal["offline", "online", "disabled"]

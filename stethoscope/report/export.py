@@ -15,9 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
-from stethoscope.core.files import read_json, read_yaml
+from stethoscope.core.files import jsonable, read_json, read_yaml
 from stethoscope.core.text import hide_paths, redact, redact_text
 from stethoscope.core.types import Answer
 from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia

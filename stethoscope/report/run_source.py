@@ -16,6 +16,7 @@ import numpy as np
 from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_yaml
 from stethoscope.core.json_rows import check_content
+from stethoscope.core.text import listed
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.given_answers import NOT_OWN
@@ -278,8 +279,7 @@ def _describe_missing_run(folder: Path) -> str:
     """Explain why a path is no run, and name the runs near it."""
     inside = _run_names(folder)
     if inside:
-        shown = ", ".join(inside[:6]) + (f" and {len(inside) - 6} more" if len(inside) > 6 else "")
-        return f"{folder} is no run directory but holds {len(inside)}: {shown}"
+        return f"{folder} is no run directory but holds {len(inside)}: {listed(inside)}"
     reason = "has no samples.jsonl" if folder.is_dir() else "is no directory"
     return f"{folder} is no run directory, it {reason}; {unknown('run', folder.name, _run_names(folder.parent))}"
 

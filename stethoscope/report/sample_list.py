@@ -363,7 +363,7 @@ def write_html(run: RunExport, folder: Path) -> list[Path]:
         title=data["run"],
         subtitle=subtitle,
         samples=render("report/samples.html"),
-        data=json_block("data", data),
+        data=json_block(data),
     )
     code = render("diagnosis/page.js", viewer=asset("diagnosis/parts.js") + asset("report/samples.js"))
     style = asset("diagnosis/viewer.css") + asset("report/samples.css")

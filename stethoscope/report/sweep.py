@@ -10,9 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, cast
 
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, StethoscopeError
-from stethoscope.core.files import atomic_write, write_json
+from stethoscope.core.files import atomic_write, jsonable, write_json
 from stethoscope.core.json_rows import check_content
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, ConfigError
-from stethoscope.core.files import append, read_json, replacing, write_json
+from stethoscope.core.files import append, jsonable, read_json, replacing, write_json
 from stethoscope.core.types import Sample
 from stethoscope.storage.records import encode_line
 from stethoscope.storage.run_fingerprint import describe, differences

@@ -15,6 +15,7 @@ from stethoscope.storage.inspect_logs import check_sizes, open_archive, read_ins
 from stethoscope.storage.log_values import (
     Contents,
     LoggedAnswer,
+    as_object,
     error_line,
     logged_answer,
     row_number,
@@ -64,10 +65,8 @@ def read_lm_eval(path: Path) -> Contents:
     for _, origin, row in read_rows(path, ("doc_id", "resps")):
         text, count = _first_response(row["resps"], origin)
         further += count - 1
-        doc, arguments = row.get("doc"), row.get("arguments")
-        doc = doc if isinstance(doc, dict) else {}
-        sent = arguments.get("gen_args_0") if isinstance(arguments, dict) else None
-        prompt = sent.get("arg_0") if isinstance(sent, dict) else None
+        doc = as_object(row.get("doc"))
+        prompt = as_object(as_object(row.get("arguments")).get("gen_args_0")).get("arg_0")
         named = next((doc[key] for key in ("id", "question_id") if isinstance(doc.get(key), (str, int))), None)
         question = next((doc[key] for key in ("question", "query", "text") if isinstance(doc.get(key), str)), None)
         answers.append(
@@ -91,7 +90,9 @@ def _first_response(value: Any, origin: str) -> tuple[str, int]:
     while waiting:
         item = waiting.pop()
         if isinstance(item, list):
-            if len(item) == 2 and str(item[1]) in ("True", "False") and _is_number(item[0]):
+            if (
+                len(item) == 2 and str(item[1]) in ("True", "False") and _is_number(item[0])
+            ):  # lm-eval's pairs: log-probability, whether it is greedy
                 raise DataError(
                     f"{origin}: {shown(item)} is a choice's log-probability; logs of multiple choice hold no answer"
                 )
@@ -138,13 +139,12 @@ def _harness(engine: str, answers: list[LoggedAnswer], further: int, results: Pa
 
 def _harness_names(values: Any) -> tuple[str, str, str]:
     """Return model, revision and version of lmms-eval or lm-eval from the content of its file of results."""
-    values = values if isinstance(values, dict) else {}
-    config = values.get("config")
-    config = config if isinstance(config, dict) else {}
+    values = as_object(values)
+    config = as_object(values.get("config"))
     settings = config.get("model_args")
     if isinstance(settings, str):
         settings = dict(pair.split("=", 1) for pair in settings.split(",") if "=" in pair)
-    settings = settings if isinstance(settings, dict) else {}
+    settings = as_object(settings)
     names = (
         values.get("model_name") or settings.get("pretrained") or settings.get("model") or config.get("model"),
         config.get("model_revision") or settings.get("revision"),

@@ -15,8 +15,10 @@ from stethoscope.core.json_rows import clipped, read_json, shown
 from stethoscope.storage.log_values import (
     Contents,
     LoggedAnswer,
+    as_object,
     error_line,
     is_finished,
+    last_user_message,
     logged_answer,
     logprob_list,
     objects,
@@ -176,10 +178,8 @@ def _contents(header: Mapping[str, Any], samples: Iterable[tuple[str, Any]]) -> 
         redacted += hidden
         if id_ not in first or epoch < first[id_][0]:
             first[id_] = (epoch, answer)
-    evaluation = header.get("eval")
-    evaluation = evaluation if isinstance(evaluation, dict) else {}
-    packages = evaluation.get("packages")
-    version = packages.get("inspect_ai", "") if isinstance(packages, dict) else ""
+    evaluation = as_object(header.get("eval"))
+    version = as_object(evaluation.get("packages")).get("inspect_ai", "")
     notes = [f"{further} further answers (epochs, choices) are left out"] if further else []
     notes += [f"{redacted} answers have encrypted reasoning, which is left out"] if redacted else []
     status = header.get("status")
@@ -199,18 +199,16 @@ def _answer(origin: str, sample: Any) -> tuple[LoggedAnswer, int, int, bool]:
     id_, epoch = sample_id(sample["id"], origin), sample.get("epoch", 1)
     if type(epoch) is not int:
         raise DataError(f"{origin}: epoch {shown(epoch)} should be a whole number")
-    attachments = sample.get("attachments")
-    attachments = attachments if isinstance(attachments, dict) else {}
-    output = sample.get("output")
-    output = output if isinstance(output, dict) else {}
+    attachments, output = as_object(sample.get("attachments")), as_object(sample.get("output"))
     choices = objects(output.get("choices"))
     choice = choices[0] if choices else {}
     message = choice.get("message")
     content = message.get("content", "") if isinstance(message, dict) else output.get("completion") or ""
     parts = _parts(content, attachments, origin)
     text, spans = with_reasoning("\n".join(parts["reasoning"]), "\n".join(parts["text"]))
-    logprobs = choice.get("logprobs")
-    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    tokens = as_object(choice.get("logprobs")).get("content")
+    tokens = tokens if isinstance(tokens, list) else []
+    values = [token.get("logprob") if isinstance(token, dict) else token for token in tokens]
     number = sample["id"]  # inspect_ai numbers samples without id from 1
     answer = logged_answer(
         text,
@@ -219,11 +217,7 @@ def _answer(origin: str, sample: Any) -> tuple[LoggedAnswer, int, int, bool]:
         id=id_,
         row=number - 1 if type(number) is int and 0 < number < 2**31 else None,
         question=_question(sample, attachments, origin),
-        logprobs=logprob_list(
-            [token.get("logprob") if isinstance(token, dict) else token for token in tokens], "logprobs", origin
-        )
-        if isinstance(tokens, list) and tokens
-        else None,
+        logprobs=logprob_list(values, "logprobs", origin) if values else None,
         reasoning=spans,
         finished=is_finished(choice.get("stop_reason")),
     )
@@ -235,9 +229,9 @@ def _question(sample: Mapping[str, Any], attachments: Mapping[str, Any], origin:
     for messages in (sample.get("messages"), sample.get("input")):
         if isinstance(messages, str):
             return _resolved(messages, attachments, origin)
-        for message in reversed(messages if isinstance(messages, list) else []):
-            if isinstance(message, dict) and message.get("role") == "user":
-                return "\n".join(_parts(message.get("content"), attachments, origin)["text"])
+        message = last_user_message(messages)
+        if message is not None:
+            return "\n".join(_parts(message.get("content"), attachments, origin)["text"])
     return None
 
 

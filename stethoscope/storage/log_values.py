@@ -10,6 +10,7 @@ from typing import Any
 
 from stethoscope.core.errors import DataError
 from stethoscope.core.json_rows import clipped, shown
+from stethoscope.core.text import listed
 
 _FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "word", "tool_calls", "function_call"}
 _CUT = {"length", "limit", "max_tokens", "model_length", "max_output_tokens"}
@@ -147,9 +148,36 @@ def sample_id(value: Any, origin: str) -> str:
     return value.strip() if isinstance(value, str) else str(int(value))
 
 
+def as_object(value: Any) -> dict[str, Any]:
+    """Return a value that should be a JSON object; an empty one where it is something else, or missing."""
+    return value if isinstance(value, dict) else {}
+
+
 def objects(value: Any) -> list[dict[str, Any]]:
     """Return the objects in a list; none where the value is no list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def last_user_message(messages: Any) -> dict[str, Any] | None:
+    """Return the last message of the user in a list of chat messages; None where there is none."""
+    return next((item for item in reversed(objects(messages)) if item.get("role") == "user"), None)
+
+
+def row_of_line(line: Mapping[str, Any], index: int, id_: str | None, origin: str) -> int | None:
+    """Return the data set's row that a line names; without one its own position, unless an id names the sample.
+
+    Args:
+        line: of the log.
+        index: position of the line, from 0.
+        id_: of the sample; None where the line has none.
+        origin: file and line, for messages.
+
+    Raises:
+        DataError: it names no whole number from 0 on.
+    """
+    if "row" in line:
+        return row_number(line["row"], origin)
+    return index if id_ is None else None
 
 
 def row_number(value: Any, origin: str) -> int:
@@ -231,7 +259,7 @@ class Names:
     def __getitem__(self, kind: str) -> str:
         """Return the name of a kind; several are joined, none is empty."""
         names = list(self._names.get(kind, ()))
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
+        return listed(names, 5)
 
     def notes(self) -> tuple[str, ...]:
         """Return a line for each kind that has several names."""

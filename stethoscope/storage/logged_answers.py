@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.core.json_rows import clipped, read_rows, read_text, shown
+from stethoscope.core.text import listed, one_line
 from stethoscope.storage.foreign_logs import READERS
+from stethoscope.storage.inspect_logs import open_archive
 from stethoscope.storage.log_values import (
     Contents,
     LoggedAnswer,
     Names,
+    as_object,
     error_line,
     int_list,
     is_finished,
     keys_of,
     logged_answer,
     logprob_list,
-    row_number,
+    row_of_line,
     sample_id,
     text_or_none,
 )
@@ -93,12 +96,9 @@ def _single_file(path: Path) -> Path:
         names = {file for pattern in _IN_FOLDER for depth in ("", "*/") for file in path.glob(depth + pattern)}
         files = sorted(file for file in names if file.is_file())
         if len(files) != 1:
-            listed = ", ".join(str(file.relative_to(path)) for file in files[:8])
-            more = f" and {len(files) - 8} others" if len(files) > 8 else ""
-            held = f"{len(files)} logs, {clipped(listed) if not listed.isprintable() else listed}{more}"
-            raise DataError(
-                f"{path} is a folder with {held if files else 'no log in it'}; answers.file should be one file"
-            )
+            shown_names = listed([one_line(file.relative_to(path)) for file in files], 8)
+            held = f"{len(files)} logs, {shown_names}" if files else "no log in it"
+            raise DataError(f"{path} is a folder with {held}; answers.file should be one file")
         return files[0]
     if not path.exists():
         raise DataError(f"{path} does not exist; answers.file should be a log of answers")
@@ -156,11 +156,8 @@ def detect_format(path: Path) -> str:
 
 def _archive_format(path: Path) -> str:
     """Recognise a log of inspect_ai or an Excel file by the names of the archive's files."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise DataError(f"{path} is a damaged zip archive: {clipped(first_line(error))}") from None
+    with open_archive(path) as archive:
+        names = archive.namelist()
     if "xl/workbook.xml" in names:
         return "vlmevalkit"
     if any(name == "header.json" or name.startswith("_journal/") for name in names):
@@ -206,7 +203,6 @@ def read_own_lines(path: Path) -> Contents:
             )
         names_sample = key != "model_prediction"  # HallusionBench numbers questions of one figure
         id_ = next((sample_id(row[name], origin) for name in _ID if name in row), None) if names_sample else None
-        number = row_number(row["row"], origin) if "row" in row else index if id_ is None else None
         question = row.get("question", row.get("prompt") if key == "text" else None)  # LLaVA's prompt is the question
         names.add(row, model=("model", "model_id"), revision=("revision",), engine=("engine",))
         answers.append(
@@ -214,7 +210,7 @@ def read_own_lines(path: Path) -> Contents:
                 row.get(key, "") if key else "",
                 origin,
                 id=id_,
-                row=number,
+                row=row_of_line(row, index, id_, origin),
                 question=text_or_none(question, "question", origin),
                 token_ids=int_list(row.get("answer_token_ids"), "answer_token_ids", origin),
                 logprobs=logprob_list(row.get("answer_logprobs"), "answer_logprobs", origin),
@@ -229,8 +225,7 @@ def read_own_lines(path: Path) -> Contents:
 
 def _of_run(row: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a line of a run's ``samples.jsonl``."""
-    answer = row.get("answer")
-    answer = answer if isinstance(answer, dict) else {}
+    answer = as_object(row.get("answer"))
     return {
         "id": row["sample_id"],
         "answer": answer.get("text", ""),

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError
-from stethoscope.core.files import append, open_regular, replacing
+from stethoscope.core.files import append, jsonable, open_regular, replacing
 from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.storage.tokens import Key, TokenFiles
 

@@ -15,9 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, ConfigError
-from stethoscope.core.files import link_or_copy, replacing
+from stethoscope.core.files import jsonable, link_or_copy, replacing
 from stethoscope.core.text import one_line
 from stethoscope.storage.lock import RunLock
 from stethoscope.storage.records import FAILED, Record, encode_line, read_lines

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stethoscope.core.component import TARGET, build, import_class
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import (
     as_path,
     atomic_write,
     check_shape,
     damaged,
+    jsonable,
     read_json,
     read_jsonl,
     read_yaml,

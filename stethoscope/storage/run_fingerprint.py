@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.core.digests import jsonable, source_digest
+from stethoscope.core.digests import source_digest
+from stethoscope.core.files import jsonable
 from stethoscope.core.text import redact
 
 if TYPE_CHECKING:

@@ -13,14 +13,16 @@ from stethoscope.storage.log_values import (
     Contents,
     LoggedAnswer,
     Names,
+    as_object,
     error_line,
     int_list,
     is_finished,
     keys_of,
+    last_user_message,
     logged_answer,
     logprob_list,
     objects,
-    row_number,
+    row_of_line,
     sample_id,
     text_or_none,
     with_reasoning,
@@ -48,9 +50,8 @@ def read_openai_batch(path: Path) -> Contents:
         response = row.get("response", row)
         if id_ is None and response is not row and "id" in row:
             id_ = sample_id(row["id"], origin)
-        response = response if isinstance(response, dict) else {}
-        body = response.get("body", response)
-        body = body if isinstance(body, dict) else {}
+        response = as_object(response)
+        body = as_object(response.get("body", response))
         names.add(body, model=("model",))
         values, count = _response(body, origin)
         further += count - 1
@@ -58,14 +59,14 @@ def read_openai_batch(path: Path) -> Contents:
         error = error_line(row.get("error") or body.get("error"))
         if not error and type(status) is int and status != 200:
             error = f"HTTP {status}"
-        number = row_number(row["row"], origin) if "row" in row else index if id_ is None else None
         if not error and "text" not in values:
             raise DataError(
                 f"{origin}: no response of a server; 'choices' or 'output' was looked for in {keys_of(body)}"
             )
         batch |= {id_} if "custom_id" in row else set()
         text = values.pop("text", "")
-        answers.append(logged_answer(text, origin, error=error, id=id_, row=number, **values))
+        row_index = row_of_line(row, index, id_, origin)
+        answers.append(logged_answer(text, origin, error=error, id=id_, row=row_index, **values))
     questions, notes = _requests(path, batch) if batch else ({}, [])
     answers = [
         replace(answer, question=questions[answer.id]) if answer.id in questions else answer for answer in answers
@@ -122,7 +123,7 @@ def _responses_api(body: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 def _logged_tokens(logprobs: Any, origin: str) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:
     """Return token ids, where vLLM writes ``token_id:17`` in the place of a token's text, and log-probabilities."""
-    logprobs = logprobs if isinstance(logprobs, dict) else {}
+    logprobs = as_object(logprobs)
     content, values = logprobs.get("content"), logprobs.get("token_logprobs")
     tokens = logprobs.get("tokens")
     if isinstance(content, list) and content:
@@ -167,11 +168,9 @@ def _requests(path: Path, ids: set[str | None]) -> tuple[dict[str | None, str], 
 
 
 def _asked(body: Any, origin: str) -> str | None:
-    messages = body.get("messages") or body.get("input") if isinstance(body, dict) else None
-    for message in reversed(messages if isinstance(messages, list) else []):
-        if isinstance(message, dict) and message.get("role") == "user":
-            return _content(message.get("content") or "", origin) or None
-    return None
+    body = as_object(body)
+    message = last_user_message(body.get("messages") or body.get("input"))
+    return None if message is None else _content(message.get("content") or "", origin) or None
 
 
 def read_llama_cpp(path: Path) -> Contents:
@@ -186,7 +185,6 @@ def read_llama_cpp(path: Path) -> Contents:
         if "content" not in row and not row.get("error"):
             raise DataError(f"{origin}: no response of llama.cpp; 'content' was looked for in {keys_of(row)}")
         id_ = sample_id(line["id"], origin) if "id" in line else None
-        number = row_number(line["row"], origin) if "row" in line else index if id_ is None else None
         names.add(row, model=("model",))
         cut += row.get("truncated") is True
         probabilities = objects(row.get("completion_probabilities") or row.get("probs"))
@@ -207,7 +205,7 @@ def read_llama_cpp(path: Path) -> Contents:
                 origin,
                 error=error_line(row.get("error")),
                 id=id_,
-                row=number,
+                row=row_of_line(line, index, id_, origin),
                 question=text_or_none(line.get("question"), "question", origin),
                 token_ids=ids,
                 logprobs=logged,

@@ -12,8 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from stethoscope.adapters.answer_tokens import trim_ids
 from stethoscope.commands.overrides import explain
 from stethoscope.core.component import compose
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
+from stethoscope.core.files import jsonable
 from stethoscope.core.html import document, escape, json_block
 from stethoscope.core.text import redact
 from stethoscope.storage.run_fingerprint import describe, differences, digest
@@ -107,7 +107,7 @@ def test_markup(text, name):
     reader.close()
     assert reader.tags == ["p"]
     assert "".join(reader.text) == text
-    block = json_block("data", {"text": text})
+    block = json_block({"text": text})
     reader = Reader()
     reader.feed(block)
     reader.close()

@@ -10,8 +10,8 @@ from transformers import GenerationConfig, SuppressTokensLogitsProcessor
 
 from stethoscope.adapters.generation import SuppressTokens, build_config, drop_defaults
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
+from stethoscope.core.files import jsonable
 from stethoscope.core.types import Generation
 from stethoscope.mitigation.decoding import FirstLogitBoosting
 

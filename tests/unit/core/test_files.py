@@ -8,6 +8,7 @@ import pytest
 
 from stethoscope.core import files
 from stethoscope.core.errors import ArtefactError
+from stethoscope.core.types import Generation
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -168,3 +169,15 @@ def test_only_this_module_replaces_files():
         if "os.replace(" in path.read_text() or "os.rename(" in path.read_text()
     ]
     assert modules == ["stethoscope/core/files.py"]
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (float("nan"), None),
+        ({1: (2, 3)}, {"1": [2, 3]}),
+        (Generation(max_new_tokens=3), {**files.jsonable(Generation()), "max_new_tokens": 3}),
+    ],
+)
+def test_jsonable(value, plain):
+    assert files.jsonable(value) == plain

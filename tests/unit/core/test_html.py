@@ -42,7 +42,7 @@ def test_text_stays_text_in_elements_and_attributes(text):
 
 @pytest.mark.parametrize("text", EVIL)
 def test_data_arrives_as_it_was_and_cannot_end_its_element(text):
-    seen = Seen(json_block("data", {text: [text]}))
+    seen = Seen(json_block({text: [text]}))
     assert seen.tags == [("script", {"type": "application/json", "id": "data"})]
     assert json.loads(seen.text["script"]) == {text: [text]}
 
@@ -56,4 +56,4 @@ def test_a_document_says_that_nothing_may_be_fetched():
 
 def test_numbers_that_json_does_not_know_are_refused():
     with pytest.raises(ValueError, match="JSON"):
-        json_block("data", float("nan"))
+        json_block(float("nan"))

@@ -156,7 +156,7 @@ def test_inspect_logs_probabilities_and_the_end():
     ("content", "message"),
     [
         (archive(header="readme.txt"), "is a zip archive of readme.txt, which is no log that is known"),
-        (archive(sample())[:-40], "is a damaged zip archive"),
+        (archive(sample())[:-40], "is no zip archive that can be read"),
         (archive(sample()).replace(b"PK\3\4", b"PK\3\5", 1), "not JSON that can be read"),
         (json.dumps({**HEADER, "samples": None}), "a log of inspect_ai has a list 'samples'; this one does not"),
         (json.dumps({**HEADER, "samples": [sample("a"), sample("a")]}), "samples[1]: id a of epoch 1 is used before"),

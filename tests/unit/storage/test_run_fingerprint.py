@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
-from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.evaluator import Evaluator
@@ -65,18 +64,6 @@ def test_differences_name_missing_and_nested_keys():
     assert describe(changes) == "a.b: 1 before, 2 now; gone: 0 before, None now; new: None before, 'x' now"
     assert describe([(str(number), 0, 1) for number in range(9)]).endswith("; and 3 more")
     assert len(describe([("text", "x" * 500, "")])) < 100
-
-
-@pytest.mark.parametrize(
-    ("value", "plain"),
-    [
-        (float("nan"), None),
-        ({1: (2, 3)}, {"1": [2, 3]}),
-        (Generation(max_new_tokens=3), {**jsonable(GREEDY), "max_new_tokens": 3}),
-    ],
-)
-def test_jsonable(value, plain):
-    assert jsonable(value) == plain
 
 
 def test_environment_tells_versions_and_nothing_of_who_and_where():
