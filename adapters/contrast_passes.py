@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stethoscope.adapters.forward import ForwardPass, ForwardRunner
-from stethoscope.adapters.prompt_caches import BlankPrefixCache, HiddenImageStates, blank_key
+from stethoscope.adapters.forward import ForwardRunner
+from stethoscope.adapters.prompt_caches import PromptStore, key_without_pixels
 from stethoscope.tracing.hooks import record
 from stethoscope.tracing.interventions import Knockout, noised
 from stethoscope.tracing.logit_lens import Lens
@@ -57,7 +57,7 @@ class ContrastPasses:
     def __init__(self, forward: ForwardRunner) -> None:
         self._forward, self._model = forward, forward.model
         self._blank_value = _BLANK_VALUES.get(self._model.config.model_type, 0.0)
-        self._blanks, self._hidden_images = BlankPrefixCache(), HiddenImageStates()
+        self._blank_prefixes, self._hidden_image_states = PromptStore(), PromptStore()
 
     def logits(
         self,
@@ -90,7 +90,9 @@ class ContrastPasses:
         for name in hidden.keys() - contrasts.keys():
             contrasts[name] = self._without(encoded, ids, hidden[name]).cpu()
         if "blank" in requires and "blank_logits" not in contrasts:
-            contrasts["blank_logits"] = self._forward.logits(self._blank_forward(encoded, ids)).cpu()
+            forward = self._forward.full_forward(encoded, ids)
+            self._blank(forward.inputs)
+            contrasts["blank_logits"] = self._forward.logits(forward).cpu()
         return contrasts
 
     def _continuations(
@@ -110,7 +112,7 @@ class ContrastPasses:
             hidden: by name of the logits and by prompt, image tokens that nothing behind the image attends to.
             blank: whether a blank image is asked for.
         """
-        if not self._forward.causal or not all(map(_has_text_last, encoded)):
+        if not self._forward.causal or any(prompt.spans.ends_in_image for prompt in encoded):
             return []
         contrasts: list[tuple[str, Sequence[PromptCache], Sequence[int], Sequence[Sequence[int]]]] = []
         last, nothing = [1] * len(encoded), [()] * len(encoded)
@@ -140,9 +142,9 @@ class ContrastPasses:
 
     def no_image_states(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], lens: Lens) -> list[Tensor]:
         """Return by prompt (T, K, D) states while the image is hidden, which no pixel changes; by the model's lens."""
-        self._hidden_images.check(self._model)
-        keys = [(blank_key(prompt), tuple(answer)) for prompt, answer in zip(encoded, ids, strict=True)]
-        states = {key: stored for key in keys if (stored := self._hidden_images.get(key)) is not None}
+        self._hidden_image_states.check(self._model)
+        keys = [(key_without_pixels(prompt), tuple(answer)) for prompt, answer in zip(encoded, ids, strict=True)]
+        states = {key: stored for key in keys if (stored := self._hidden_image_states.get(key)) is not None}
         missing = {
             key: (replace(prompt, cache=None), answer)
             for key, prompt, answer in zip(keys, encoded, ids, strict=True)
@@ -155,25 +157,23 @@ class ContrastPasses:
                 self._without(prompts, answers, [prompt.spans.image for prompt in prompts])
             for key, part in zip(missing, layer_states(hidden), strict=True):
                 states[key] = part
-                self._hidden_images.put(key, part)
+                self._hidden_image_states.put(key, part)
         return [states[key] for key in keys]
 
-    def _blank_forward(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> ForwardPass:
-        """Prepare a pass over whole prompts with blank images, and answers."""
-        forward = self._forward.full_forward(encoded, ids)
-        forward.inputs["pixel_values"] = torch.full_like(forward.inputs["pixel_values"], self._blank_value)
-        return forward
+    def _blank(self, inputs: dict[str, Any]) -> None:
+        """Replace the pixels in the inputs of a pass by those of blank images."""
+        inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank_value)
 
     def _blank_caches(self, encoded: Sequence[Encoded]) -> list[PromptCache] | None:
         """Return the KV cache of every prompt with a blank image; None where they cannot be used again."""
-        self._blanks.check(self._model)
-        keys = [blank_key(prompt) for prompt in encoded]
-        caches = {key: cache for key in keys if (cache := self._blanks.get(key)) is not None}
+        self._blank_prefixes.check(self._model)
+        keys = [key_without_pixels(prompt) for prompt in encoded]
+        caches = {key: cache for key in keys if (cache := self._blank_prefixes.get(key)) is not None}
         missing = {key: prompt for key, prompt in zip(keys, encoded, strict=True) if key not in caches}
         if missing:
             prompts = list(missing.values())
             inputs = self._forward.collate(prompts, "right")
-            inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank_value)
+            self._blank(inputs)
             last = self._forward.positions_to_keep([inputs["input_ids"].shape[1] - 1])
             output = self._model(**inputs, **last, use_cache=True).past_key_values
             columns = [[slice(0, prompt.spans.length)] for prompt in prompts]
@@ -182,7 +182,7 @@ class ContrastPasses:
             if len(usable) < len(computed):
                 return None
             for key, cache in zip(missing, usable, strict=True):
-                self._blanks.put(key, cache)
+                self._blank_prefixes.put(key, cache)
                 caches[key] = cache
         return [caches[key] for key in keys]
 
@@ -209,11 +209,6 @@ def _together(continued: Sequence[_Continuation]) -> Iterator[list[_Continuation
         yield group
 
 
-def _has_text_last(prompt: Encoded) -> bool:
-    """Whether the last token is none of the image's, so that it can run again without pixels."""
-    return prompt.spans.image[-1] < prompt.spans.length - 1
-
-
 def _has_whole_image(prompt: Encoded) -> bool:
-    """Whether no other tokens are between those of the image."""
+    """Check that no other tokens stand between those of the image."""
     return prompt.spans.image[-1] - prompt.spans.image[0] + 1 == len(prompt.spans.image)

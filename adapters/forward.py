@@ -391,8 +391,7 @@ class ForwardRunner:
             return [None] * len(encoded)
         caches = caches if embeds is None else _with_embeds(caches, embeds)
         # a prompt's last token runs again, and an image token would be embedded as text without the pixels
-        in_image = [prompt.spans.image[-1] == prompt.spans.length - 1 for prompt in encoded]
-        return [None if ends else part for part, ends in zip(caches, in_image, strict=True)]
+        return [None if prompt.spans.ends_in_image else part for part, prompt in zip(caches, encoded, strict=True)]
 
     def logits(self, forward: ForwardPass, rows: Tensor | None = None) -> Tensor:
         """Run a pass and return the (B, T, V) float32 logits of its rows; the head runs on no other rows.

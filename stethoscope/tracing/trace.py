@@ -163,6 +163,11 @@ class Spans:
     grids: tuple[tuple[int, int], ...] = ()
     separators: tuple[int, ...] = ()
 
+    @property
+    def ends_in_image(self) -> bool:
+        """Whether the last token is one of the image's, which cannot run again without the pixels."""
+        return self.image[-1] == self.length - 1
+
     def shifted(self, offset: int) -> Spans:
         """Return the spans of the same prompt behind ``offset`` more tokens."""
         if not offset:
