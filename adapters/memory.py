@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -178,21 +178,24 @@ def graph_bytes(model: PreTrainedModel, context: int, sparse: bool = False) -> i
         context: number of positions.
         sparse: whether the graph is sparse, see ``relevancy.checkpointing``, and keeps no maps.
     """
-    parts, inner_share = _layers_and_sizes(model, context), 0.45 if sparse else 1
-    kept = sum(
-        layers * positions * round(6 * width + 4 * inner_share * inner) for layers, positions, width, inner, _ in parts
+    parts, inner_share = _parts(model, context), 0.45 if sparse else 1
+    values = sum(
+        part.layers * part.positions * round(6 * part.width + 4 * inner_share * part.inner_width) for part in parts
     )
-    if sparse:
-        return kept * model.dtype.itemsize
-    maps = [(layers, heads * positions**2) for layers, positions, *_, heads in parts]
-    return kept * model.dtype.itemsize + 4 * sum(layers * size for layers, size in maps if size <= _KEPT_MAP)
+    maps = 0 if sparse else sum(part.layers * part.map_size for part in parts if part.map_size <= _KEPT_MAP)
+    return values * model.dtype.itemsize + 4 * maps
 
 
 def input_bytes(model: PreTrainedModel, context: int) -> int:
     """Count the bytes of the inputs of all layers in a pass over one prompt, from which these can run again."""
-    return sum(layers * positions * width for layers, positions, width, *_ in _layers_and_sizes(model, context)) * (
-        model.dtype.itemsize
-    )
+    values = sum(part.layers * part.positions * part.width for part in _parts(model, context))
+    return values * model.dtype.itemsize
+
+
+def attention_bytes(model: PreTrainedModel, length: int) -> int:
+    """Count the bytes of the language model's attention maps over one sequence."""
+    text = model.config.get_text_config()
+    return text.num_hidden_layers * text.num_attention_heads * length**2 * model.dtype.itemsize
 
 
 def step_bytes(model: PreTrainedModel) -> int:
@@ -203,27 +206,50 @@ def step_bytes(model: PreTrainedModel) -> int:
 
 def _backward_bytes(model: PreTrainedModel, context: int) -> int:
     """Count the bytes of the layers' inputs, and of the graph of the largest layer with its attention maps."""
-    parts = _layers_and_sizes(model, context)
-    recomputed = max(positions * (6 * width + 4 * inner) for _, positions, width, inner, _ in parts)
-    maps = max(4 * heads * positions**2 for _, positions, _, _, heads in parts)
+    parts = _parts(model, context)
+    recomputed = max(part.positions * (6 * part.width + 4 * part.inner_width) for part in parts)
+    maps = max(4 * part.map_size for part in parts)
     return input_bytes(model, context) + recomputed * model.dtype.itemsize + min(maps, BUDGET)
 
 
-def _layers_and_sizes(model: PreTrainedModel, context: int) -> list[tuple[int, int, int, int, int]]:
-    """List the number of layers, positions, width, inner width and heads of language model and vision tower."""
-    parts = [(model.config.get_text_config(decoder=True), context)]
+class _Part(NamedTuple):
+    """The sizes of the language model or of the vision tower.
+
+    Attributes:
+        layers: number of layers.
+        positions: length of its sequence.
+        width: of the residual stream.
+        inner_width: of the feed-forward layers.
+        heads: number of attention heads.
+    """
+
+    layers: int
+    positions: int
+    width: int
+    inner_width: int
+    heads: int
+
+    @property
+    def map_size(self) -> int:
+        """Number of entries of a layer's attention maps."""
+        return self.heads * self.positions**2
+
+
+def _parts(model: PreTrainedModel, context: int) -> list[_Part]:
+    """List the sizes of the language model and of a vision tower with attention."""
+    configs = [(model.config.get_text_config(decoder=True), context)]
     vision = getattr(model.config, "vision_config", None)
     if vision is not None and _first_size(vision, ("num_attention_heads", "num_heads", "attention_heads"), 0):
         # relevancy stops before a tower without attention
-        parts.append((vision, _tower_positions(model.config, vision, context)))
-    sizes = []
-    for config, positions in parts:
+        configs.append((vision, _tower_positions(model.config, vision, context)))
+    parts = []
+    for config, positions in configs:
         layers = _first_size(config, ("num_hidden_layers", "num_layers", "depth"), 0)
         layers += _first_size(config, ("num_decoder_layers",), 0) if config.is_encoder_decoder else 0
         inner = _first_size(config, ("intermediate_size", "ffn_dim", "d_ff"), 0) or 4 * _width(config)
         heads = _first_size(config, ("num_attention_heads", "num_heads", "attention_heads"), 1)
-        sizes.append((layers, positions, _width(config), inner, heads))
-    return sizes
+        parts.append(_Part(layers, positions, _width(config), inner, heads))
+    return parts
 
 
 def _tower_positions(config: PreTrainedConfig, vision: PreTrainedConfig, context: int) -> int:
@@ -232,7 +258,7 @@ def _tower_positions(config: PreTrainedConfig, vision: PreTrainedConfig, context
     Args:
         config: of the model.
         vision: of the tower.
-        context: number of positions of the language model, as good as all of them image tokens where there are tiles.
+        context: number of positions of the language model; where there are tiles, all are taken for image tokens.
     """
     size, patch = (_first_size(vision, (name,), 0) for name in ("image_size", "patch_size"))
     single = (size // patch) ** 2 + 1 if size and patch else context

@@ -46,8 +46,8 @@ class Prefill:
     def run(self, encoded: Sequence[Encoded], requires: Collection[str]) -> list[Encoded]:
         """Return the prompts with KV caches and graphs, where relevancy is required and model and memory allow it.
 
-        Graphs that do not fit make room for the inputs of layers, which then run again in the backward pass. Where
-        generation can record all that is required, the prompts say so.
+        Where graphs do not fit, only the inputs of layers are kept, which then run again in the backward pass. Where
+        generation can record all that is required, nothing runs, and the prompts say so (``Encoded.planned``).
         """
         prompts, planned = list(encoded), frozenset(requires)
         if planned <= RECORDED_REQUIREMENTS and self._forward.causal:
@@ -96,14 +96,14 @@ class Prefill:
         """Yield the indices of prompts that share a pass; those that end in the image are left out."""
         similar: dict[Hashable, list[int]] = {}
         for index, prompt in enumerate(encoded):
-            pixels = prompt.inputs["pixel_values"].shape
-            if prompt.spans.image[-1] == prompt.spans.length - 1:
+            if prompt.spans.ends_in_image:
                 continue
+            pixels = prompt.inputs["pixel_values"].shape
             alone = len(pixels) != 4 or pixels[0] != 1
             key = index if alone else (prompt.spans.length, prompt.spans.image, pixels)
             similar.setdefault(key, []).append(index)
         for group in similar.values():
-            needed = attention_bytes(self._model, encoded[group[0]].spans.length)
+            needed = memory.attention_bytes(self._model, encoded[group[0]].spans.length)
             size = min(max(1, SMALL_MAPS // needed), _TOGETHER)
             yield from (group[start : start + size] for start in range(0, len(group), size))
 
@@ -124,12 +124,6 @@ def sharing(encoded: Sequence[Encoded], states: bool) -> list[list[int]]:
         for graph, indices in graphs.values()
         if len(indices) == len(graph.inputs["input_ids"]) and (graph.hidden or not states)
     ]
-
-
-def attention_bytes(model: PreTrainedModel, length: int) -> int:
-    """Count the bytes of the language model's attention maps over one sequence."""
-    text = model.config.get_text_config()
-    return text.num_hidden_layers * text.num_attention_heads * length**2 * model.dtype.itemsize
 
 
 def _room(model: PreTrainedModel) -> int:

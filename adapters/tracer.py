@@ -1,9 +1,8 @@
 """Trace answers: one recorded teacher-forced pass, then the contrast passes and relevancy.
 
 Where generation recorded all that a trace needs (``tracing.answer_recorder``), there is no pass; where it returned the
-KV caches of the prompts, the traced pass begins with their last token. With relevancy it
-has a graph, and stands behind a pass over the prompts that has one too (``relevancy.shared_passes``); before generation
-``prefill.Prefill`` runs this, so that answers go on from its caches.
+KV caches of the prompts, the pass begins with their last tokens. For relevancy the pass has a graph, and continues one
+over the prompts that has a graph too (``relevancy.shared_passes``), which ``prefill.Prefill`` runs before generation.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stethoscope.adapters import memory
 from stethoscope.adapters.contrast_passes import CONTRASTS, ContrastPasses, layer_states
 from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
-from stethoscope.adapters.prefill import SMALL_MAPS, Prefill, attention_bytes
+from stethoscope.adapters.prefill import SMALL_MAPS, Prefill
 from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_passes, relevancy_from_inputs
 from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass
-from stethoscope.tracing.answer_recorder import RecordedRows
 from stethoscope.tracing.attention_recorder import (
     HeadAttentionRecorder,
     ImageSimilarityRecorder,
@@ -47,7 +46,7 @@ from stethoscope.tracing.trace import (
 
 
 class _Rows(NamedTuple):
-    """The rows of B answers, from a pass over them.
+    """The rows of B answers, from a pass over them or from a record of their generation.
 
     Attributes:
         attention: recorder of their maps, if required.
@@ -79,9 +78,7 @@ class Tracer:
         prefill: runs the passes over prompts whose answers need relevancy.
     """
 
-    def __init__(
-        self, name: str, forward: ForwardRunner, suffix: Sequence[int] = (), never: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, name: str, forward: ForwardRunner, suffix: Sequence[int], never: Sequence[int]) -> None:
         self._suffix, self._never = list(suffix), list(never)
         self._name, self._forward, self._model = name, forward, forward.model
         self._lens: Lens | None = None
@@ -129,57 +126,72 @@ class Tracer:
     ) -> list[Trace]:
         """Trace answers whose prompts make one batch; ``shares`` where these are all those of a pass with a graph."""
         ids = [answer.token_ids for answer in answers]
-        recorded = None if shares else _recorded_rows(encoded, ids, requires)
-        if recorded is None:
-            attention, states, stream, logits, relevancies, embeds = self._run(encoded, ids, requires, shares)
-        else:
-            (attention, stream, logits), states, relevancies, embeds = recorded, None, [], []
-        hidden = [layer[:, : logits.shape[1]] for layer in stream]  # without the row that consumes the last token
-        if logits.amax(-1).isnan().any():  # a tenth of the time of looking at all of them
+        rows = None if shares else _recorded_rows(encoded, ids, requires)
+        if rows is None:
+            rows = self._run(encoded, ids, requires, shares)
+        if rows.logits.amax(-1).isnan().any():  # a tenth of the time of looking at all of them
             raise CaptureError(f"{self._name}: the logits hold values that are not numbers")
-        by_token: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(hidden, logits, ids, requires)}
-        if attention is not None and "attention" in requires:
-            by_token |= {"mass": attention.mass(), "image_attention": attention.image()}
-        if attention is not None:
-            by_token |= {"peaks": attention.peaks()} if "peaks" in requires else {}
-            by_token |= {"own": attention.own()} if "own" in requires else {}
-        core_tokens = None
-        if attention is not None and "core" in requires:
-            triples = zip(attention.image(), answers, encoded, strict=True)
-            core_tokens = [core(image[: len(answer.token_ids)], prompt.spans) for image, answer, prompt in triples]
-        if "layer_states" in requires:
-            by_token["layer_states"] = layer_states(hidden)
-        if not requires.isdisjoint(CONTRASTS):
-            by_token |= self._contrasts.logits(encoded, ids, requires, core_tokens)
-        if "no_image_states" in requires:
-            by_token["no_image_states"] = self._contrasts.no_image_states(encoded, ids, self._find_lens())
-        if "continuation" in requires:
-            by_token["imagining"] = self._imagining(encoded, ids)
-        width = hidden[-1].shape[-1] if "evidence" in requires else None
-        whole: dict[str, Any] = {}  # parts that are not cut to the length of the answer
-        if "hidden" in requires:
-            probed = self._find_lens().probed(stream)
-            whole["hidden"] = [states[: len(answer) + 1] for states, answer in zip(probed, ids, strict=True)]
-        if not requires.isdisjoint(IMAGE_REQUIREMENTS):
-            whole["image_embeds"] = self._image_embeds(encoded, embeds)
-        if isinstance(attention, HeadAttentionRecorder):
-            whole["heads"] = attention.heads()
-        if states is not None:
-            whole |= {"states": states.states()} if "states" in requires else {}
-            whole |= {"image_lens": states.image_lens()} if "image_lens" in requires else {}
-        if relevancies:
-            pairs = zip(relevancies, encoded, strict=True)
-            whole["relevancy"] = [replace(part, question_positions=prompt.spans.question) for part, prompt in pairs]
+        by_token = self._token_parts(encoded, ids, requires, rows)
+        whole = self._whole_parts(encoded, ids, requires, rows)
         return [
             Trace(
                 answer,
                 prompt.spans,
                 **{name: part[index][: len(answer.token_ids)] for name, part in by_token.items()},
                 **{name: part[index] for name, part in whole.items()},
-                width=width,
+                width=rows.stream[-1].shape[-1] if "evidence" in requires else None,
             )
             for index, (prompt, answer) in enumerate(zip(encoded, answers, strict=True))
         ]
+
+    def _token_parts(
+        self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], requires: frozenset[str], rows: _Rows
+    ) -> dict[str, Any]:
+        """Compute, by name and by answer, the parts of a trace with an item for every token, and maybe for padding."""
+        attention, logits = rows.attention, rows.logits
+        hidden = [layer[:, : logits.shape[1]] for layer in rows.stream]  # without the row that consumes the last token
+        parts: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(hidden, logits, ids, requires)}
+        core_tokens = None
+        if attention is not None:
+            if "attention" in requires:
+                parts |= {"mass": attention.mass(), "image_attention": attention.image()}
+            if "peaks" in requires:
+                parts["peaks"] = attention.peaks()
+            if "own" in requires:
+                parts["own"] = attention.own()
+            if "core" in requires:
+                triples = zip(attention.image(), ids, encoded, strict=True)
+                core_tokens = [core(image[: len(answer)], prompt.spans) for image, answer, prompt in triples]
+        if "layer_states" in requires:
+            parts["layer_states"] = layer_states(hidden)
+        if not requires.isdisjoint(CONTRASTS):
+            parts |= self._contrasts.logits(encoded, ids, requires, core_tokens)
+        if "no_image_states" in requires:
+            parts["no_image_states"] = self._contrasts.no_image_states(encoded, ids, self._find_lens())
+        if "continuation" in requires:
+            parts["imagining"] = self._imagining(encoded, ids)
+        return parts
+
+    def _whole_parts(
+        self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], requires: frozenset[str], rows: _Rows
+    ) -> dict[str, Any]:
+        """Return, by name and by answer, the parts of a trace that are not cut to the length of the answer."""
+        parts: dict[str, Any] = {}
+        if "hidden" in requires:
+            probed = self._find_lens().probed(rows.stream)
+            parts["hidden"] = [states[: len(answer) + 1] for states, answer in zip(probed, ids, strict=True)]
+        if not requires.isdisjoint(IMAGE_REQUIREMENTS):
+            parts["image_embeds"] = self._image_embeds(encoded, rows.embeds)
+        if isinstance(rows.attention, HeadAttentionRecorder):
+            parts["heads"] = rows.attention.heads()
+        if rows.states is not None and "states" in requires:
+            parts["states"] = rows.states.states()
+        if rows.states is not None and "image_lens" in requires:
+            parts["image_lens"] = rows.states.image_lens()
+        if rows.relevancies:
+            pairs = zip(rows.relevancies, encoded, strict=True)
+            parts["relevancy"] = [replace(part, question_positions=prompt.spans.question) for part, prompt in pairs]
+        return parts
 
     def _run(
         self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], requires: frozenset[str], shares: bool
@@ -195,10 +207,8 @@ class Tracer:
             else:
                 forward = self._answer_forward(encoded, ids, consuming, graph)
         rows = forward.rows[:, :-1].contiguous() if consuming and forward.rows.shape[1] > 1 else forward.rows
-        attention, states = (
-            self._attention_recorder(forward, ids, requires),
-            self._state_recorder(forward, ids, requires, graph),
-        )
+        attention = self._attention_recorder(forward, ids, requires)
+        states = self._state_recorder(forward, ids, requires, graph)
         answer_pass: AnswerPass | None = None
         with ExitStack() as stack:
             if graph is not None:
@@ -322,18 +332,20 @@ class Tracer:
 
     def _relevancy(self, encoded: Encoded, answer: Answer) -> Relevancy:
         """Compute the relevancy of an answer by itself."""
-        recompute = attention_bytes(self._model, encoded.spans.length + len(answer.token_ids)) > SMALL_MAPS
+        length = encoded.spans.length + len(answer.token_ids)
+        recompute = memory.attention_bytes(self._model, length) > SMALL_MAPS
         inputs = self._forward.extended(encoded, answer.token_ids)
         relevancy = relevancy_from_inputs(self._model, inputs, answer.token_ids, recompute=recompute)
         return replace(relevancy, question_positions=encoded.spans.question)
 
 
-def _recorded_rows(
-    encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], requires: frozenset[str]
-) -> RecordedRows | None:
+def _recorded_rows(encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], requires: frozenset[str]) -> _Rows | None:
     """Return the rows that were recorded while the answers were generated; None where a pass is needed."""
     parts = [prompt.recorded for prompt in encoded if prompt.recorded is not None]
     if len(parts) < len(encoded) or any(record is not parts[0][0] for record, _ in parts):
         return None
     record, indices = parts[0][0], [index for _, index in parts]
-    return record.rows(indices, encoded, requires) if record.covers(indices, ids, requires) else None
+    if not record.covers(indices, ids, requires):
+        return None
+    attention, stream, logits = record.rows(indices, encoded, requires)
+    return _Rows(attention, None, stream, logits, [], [])
