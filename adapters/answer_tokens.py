@@ -94,9 +94,14 @@ def trim_ids(
         text, offsets = decode_with_offsets(ids, decode)
         stop_start = min((text.index(stop) for stop in stops if stop in text), default=None)
         if stop_start is not None:
-            count = sum(start < stop_start for start, _ in offsets)
-            return TrimmedIds(ids[:count], True, max(offsets[count - 1][1] - stop_start, 0) if count else 0)
+            return _ids_before(stop_start, ids, offsets)
     return TrimmedIds(ids, end is not None)
+
+
+def _ids_before(end: int, ids: list[int], offsets: Sequence[tuple[int, int]]) -> TrimmedIds:
+    """Trim ids to those that begin before the character ``end``, at which the answer ends."""
+    count = sum(start < end for start, _ in offsets)
+    return TrimmedIds(ids[:count], True, max(offsets[count - 1][1] - end, 0) if count else 0)
 
 
 class AnswerTokens:
@@ -188,9 +193,7 @@ class AnswerTokens:
             )
         if len(letters) == len(wanted):
             return trimmed._replace(finished=True)
-        end = letters[len(wanted) - 1] + 1 if wanted else 0
-        count = sum(start < end for start, _ in offsets)
-        return TrimmedIds(trimmed.ids[:count], True, max(offsets[count - 1][1] - end, 0) if count else 0)
+        return _ids_before(letters[len(wanted) - 1] + 1 if wanted else 0, trimmed.ids, offsets)
 
     def tokenise(self, encoded: Encoded, text: str) -> list[int]:
         """Tokenise a text as the continuation of the prompt, after a space where the prompt ends in a word."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, check_list, wrong_type
 from stethoscope.core.types import Answer, Generation, Memory, Picture
 from stethoscope.tracing.trace import FORWARD_REQUIREMENTS, Encoded, Trace
 
@@ -23,7 +23,7 @@ def check_text(question: Any) -> None:
         ConfigError: it is something else.
     """
     if not isinstance(question, str):
-        raise ConfigError(f"the question should be a text, got {type(question).__name__}")
+        raise wrong_type("the question", "a text", question)
 
 
 def check_asked(adapter: Any, question: Any) -> None:
@@ -33,9 +33,7 @@ def check_asked(adapter: Any, question: Any) -> None:
         ConfigError: the first is no adapter, or the question is no text or empty.
     """
     if not callable(getattr(adapter, "encode_as", None)):
-        raise ConfigError(
-            f"adapter should be a model as stethoscope.load('testbed') returns it, got {type(adapter).__name__}"
-        )
+        raise wrong_type("adapter", "a model as stethoscope.load('testbed') returns it", adapter)
     check_text(question)
     if not question.strip():
         raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
@@ -53,19 +51,14 @@ def check_history(history: Any) -> tuple[tuple[str, str], ...]:
     >>> check_history([("Is there a dog?", "Yes.")])
     (('Is there a dog?', 'Yes.'),)
     """
-    if isinstance(history, str) or not isinstance(history, Sequence):
-        raise ConfigError(
-            f"history should be a list of earlier turns, [(question, answer), ...], got {type(history).__name__}"
-        )
+    check_list("history", "a list of earlier turns, [(question, answer), ...]", history, Sequence)
     turns = []
     for number, turn in enumerate(history, 1):
         if isinstance(turn, str) or not isinstance(turn, Sequence) or len(turn) != 2:
             raise ConfigError(f"turn {number} of the history should be a pair (question, answer), got {turn!r:.80}")
         for part, text in zip(("question", "answer"), turn, strict=True):
             if not isinstance(text, str):
-                raise ConfigError(
-                    f"the {part} of turn {number} of the history should be a text, got {type(text).__name__}"
-                )
+                raise wrong_type(f"the {part} of turn {number} of the history", "a text", text)
             if not text.strip():
                 raise ConfigError(f"the {part} of turn {number} of the history is empty; leave the turn out")
         turns.append((turn[0], turn[1]))
@@ -168,11 +161,14 @@ class Adapter(ABC):
     def prefill(self, encoded: Sequence[Encoded], requires: Collection[str] = ("relevancy",)) -> list[Encoded]:
         """Run prompts before they are answered, and return them with KV caches and the graph for relevancy.
 
-        With ``states`` or ``image_lens`` the pass leaves what these read of the prompt, too; without relevancy nothing
-        is run.
-        ``generate`` and ``trace_batch`` go on from there (``Encoded.cache``), so that an answer and its relevancy share
-        the pass over the prompt. By default nothing is run; answers and traces are the same either way. The graph
-        serves one trace with relevancy, of all prompts that shared a pass; other traces run the prompt again.
+        ``generate`` and ``trace_batch`` continue from there (``Encoded.cache``), so that an answer and its relevancy
+        share the pass over the prompt. The graph serves one trace with relevancy, of all prompts that shared a pass;
+        other traces run the prompt again. By default nothing is run; answers and traces are the same either way.
+
+        Args:
+            encoded: the prompts.
+            requires: of the trace that follows. Without ``relevancy`` nothing is run; with ``states`` or ``image_lens``
+                the hidden states of the prompts are kept too.
         """
         return list(encoded)
 

@@ -29,7 +29,15 @@ from stethoscope.adapters.loading import model_name
 from stethoscope.adapters.prompts import SYSTEMS, PromptEncoder, check_chat_template, check_follow_up, check_prompt
 from stethoscope.adapters.question_encoder import QuestionEncoder, check_phrases, limit_pixels
 from stethoscope.adapters.tracer import Tracer
-from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, unknown
+from stethoscope.core.errors import (
+    CapabilityError,
+    CaptureError,
+    ConfigError,
+    DataError,
+    check_list,
+    unknown,
+    wrong_type,
+)
 from stethoscope.core.system import ModelFaults
 from stethoscope.core.types import Answer, Generation, Memory, Picture, with_limit
 from stethoscope.tracing.trace import (
@@ -111,13 +119,11 @@ class HfAdapter(Adapter):
             raise ConfigError(
                 f"device={device} and device_map={self.loading.device_map} exclude each other; leave device at auto"
             )
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
+        if threads is not None and (type(threads) is not int or threads < 1):
             raise ConfigError(f"model.threads={threads!r} should be at least 1, or null to leave it to torch")
         if not isinstance(system, (str, type(None))):
             raise ConfigError(f"model.system={system!r} should be a text, {', '.join(SYSTEMS)} or null")
-        if max_pixels is not None and (
-            not isinstance(max_pixels, int) or isinstance(max_pixels, bool) or max_pixels < 1
-        ):
+        if max_pixels is not None and (type(max_pixels) is not int or max_pixels < 1):
             raise ConfigError(f"model.max_pixels={max_pixels!r} should be a number of pixels, at least 1, or null")
         if not isinstance(pad, bool):
             raise ConfigError(f"model.pad={pad!r} should be true or false")
@@ -303,11 +309,10 @@ class HfAdapter(Adapter):
         Raises:
             ConfigError: the first argument is no list of prompts, or the second no ``Generation``.
         """
-        if not isinstance(encoded, Sequence) or isinstance(encoded, str):
-            raise ConfigError(f"generate takes a list of prompts, [prompt], got {type(encoded).__name__}")
+        check_list("the first argument of generate", "a list of prompts, [prompt]", encoded, Sequence)
         for prompt in encoded:
             if not isinstance(prompt, Encoded):
-                raise ConfigError(f"generate takes prompts as encode returns them, got {type(prompt).__name__}")
+                raise wrong_type("each prompt of generate", "one as encode returns it", prompt)
         generation = with_limit(generation)
         return self._answers(encoded, generation, return_cache=False)[0]
 

@@ -154,19 +154,19 @@ class Loading:
             options["quantization_config"] = BitsAndBytesConfig(**method, llm_int8_skip_modules=[NOT_QUANTIZED])
         return options
 
-    def hub_kwargs(self, folder: bool) -> dict[str, Any]:
-        """Build the arguments of every ``from_pretrained`` that say where the files are.
+    def location(self, folder: bool) -> dict[str, Any]:
+        """Build the arguments that say which revision to read, and whether only files on this machine.
 
         Args:
             folder: the source is a local folder, so the hub need not be reachable.
         """
         # without a reachable hub its client would retry for minutes
         offline = self.local_files_only or not (folder or _hub_reachable())
-        return {
-            "revision": self.revision or "main",
-            "local_files_only": offline,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        return {"revision": self.revision or "main", "local_files_only": offline}
+
+    def hub_kwargs(self, folder: bool) -> dict[str, Any]:
+        """Build the arguments of every ``from_pretrained``: see ``location``, and whether the model's code may run."""
+        return {**self.location(folder), "trust_remote_code": self.trust_remote_code}
 
 
 def check_device(device: Any) -> None:

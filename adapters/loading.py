@@ -82,9 +82,8 @@ def load(
 
     loading.check_machine()
     folder = is_folder(model_id)
-    source, hub_kwargs = str(Path(model_id).expanduser()), loading.hub_kwargs(folder)
+    source, location = str(Path(model_id).expanduser()), loading.location(folder)
     with translate_loading_errors(model_id), silenced(folder):
-        location = {name: hub_kwargs[name] for name in ("revision", "local_files_only")}
         lora = find_adapter_config_file(source, **location)
         _check_kind(model_id, source, location, is_lora=lora is not None)
         if lora is not None and not any(
@@ -93,7 +92,7 @@ def load(
         ):
             processor = processors.load(*_base_location(Path(lora), loading))
         else:
-            processor = processors.load(source, hub_kwargs)
+            processor = processors.load(source, loading.hub_kwargs(folder))
     check(processor)
     model = pretrained(AutoModelForImageTextToText, model_id, loading)
     processors.complete(model, processor)

@@ -27,7 +27,7 @@ class NoModel(Adapter):
         """Do nothing."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return that there is no model."""
+        """Return facts that say there is no model."""
         return {
             "adapter": f"{type(self).__module__}.{type(self).__qualname__}",
             "model_id": self.name,
@@ -35,27 +35,22 @@ class NoModel(Adapter):
         }
 
     def encode(self, image: Picture, question: str, history: History = ()) -> Encoded:
-        """See ``_refuse``."""
+        """Raise a CapabilityError: there is no model."""
         self._refuse("reads no picture")
 
     def generate(self, encoded: Sequence[Encoded], generation: Generation | None = None) -> list[Answer]:
-        """See ``_refuse``."""
+        """Raise a CapabilityError: there is no model."""
         self._refuse("writes no answer")
 
     def answer(self, encoded: Encoded, text: str, token_ids: Sequence[int] | None = None) -> Answer:
-        """See ``_refuse``."""
+        """Raise a CapabilityError: there is no model."""
         self._refuse("has no tokens")
 
     def trace(self, encoded: Encoded, answer: Answer, requires: Collection[str] = FORWARD_REQUIREMENTS) -> Trace:
-        """See ``_refuse``."""
+        """Raise a CapabilityError: there is no model."""
         self._refuse("cannot be traced")
 
     def _refuse(self, reason: str) -> NoReturn:
-        """Raise an error.
-
-        Raises:
-            CapabilityError: always.
-        """
         raise CapabilityError(
             f"model={self.name} {reason}: it only scores the answers of a file (stethoscope evaluate "
             "answers.file=log.jsonl); choose a model"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,9 @@ SYSTEMS = {
 }
 """System texts by the names of LLaVA's authors: ``vicuna_v1`` of training and evaluation, ``llava_v1`` of the demo."""
 
-_QUESTION, _ANSWER, _IMAGE = "{question}", "{answer}", "{image}"
+QUESTION, IMAGE = "{question}", "{image}"
+"""What stands for the question and for the image in prompts, and for the question in phrases."""
+_ANSWER = "{answer}"
 _NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "special_tokens_mask", "labels")
 _IMAGE_BYTES = 32 * 2**20
 """Enough for consecutive questions about the same image; more would only make long runs grow."""
@@ -73,7 +76,7 @@ class Turns:
         >>> Turns.from_follow_up("USER: {question} ASSISTANT:", "</s>USER: {question} ASSISTANT:")
         Turns(joint=' ASSISTANT: ', middle='</s>USER: ', later_joint=' ASSISTANT: ', end=' ASSISTANT:')
         """
-        joint, (middle, end) = template.split(_QUESTION)[1], follow_up.split(_QUESTION)
+        joint, (middle, end) = template.split(QUESTION)[1], follow_up.split(QUESTION)
         spaced = (part if not part or part[-1].isspace() else part + " " for part in (joint, end))
         return cls(next(spaced), middle, next(spaced), end)
 
@@ -130,12 +133,12 @@ class PromptEncoder:
         if prompt is None:
             template = _chat_prompt(processor, self._image_text(), self._placeholder, system)
         else:
-            template = prompt.replace(_IMAGE, self._placeholder)
+            template = prompt.replace(IMAGE, self._placeholder)
         if getattr(processor, "num_query_tokens", None) and self._placeholder in template:
             name = type(processor).__name__
-            raise ConfigError(f"prompt {prompt!r}: {name} puts the image before the text by itself; leave {_IMAGE} out")
+            raise ConfigError(f"prompt {prompt!r}: {name} puts the image before the text by itself; leave {IMAGE} out")
         self.template = template
-        self._before, self._after = template.split(_QUESTION)
+        self._before, self._after = template.split(QUESTION)
         bos = self._tokenizer.bos_token
         self._options = {"add_special_tokens": False} if bos and template.startswith(bos) else {}
         self._inserted = (0, len(bos)) if bos else (0,)
@@ -188,9 +191,7 @@ class PromptEncoder:
             count = self.template.count(self._placeholder)
             if self._prompt is None or count == 1:
                 raise
-            raise ConfigError(
-                f"prompt {self._prompt!r} should hold {_IMAGE} once; it holds it {count} times"
-            ) from error
+            raise ConfigError(f"prompt {self._prompt!r} should hold {IMAGE} once; it holds it {count} times") from error
         offsets = processed["offset_mapping"][0].tolist()
         replacements = (processed.get("text_replacement_offsets") or [[]])[0]
         inputs = {key: value for key, value in processed.items() if key not in _NOT_INPUTS}
@@ -206,7 +207,7 @@ class PromptEncoder:
         )  # fmt: skip
         in_image = image_positions(ids, self.image_token_id)
         if not in_image:
-            raise ConfigError(f"the prompt {prompt!r} has no place for the image; put {_IMAGE} into it")
+            raise ConfigError(f"the prompt {prompt!r} has no place for the image; put {IMAGE} into it")
         grids, separators = image_layout(self._config, inputs, len(in_image))
         spans = Spans(len(ids), in_image, in_question, grids, tuple(in_image[index] for index in separators))
         pixels = {name: value for name, value in inputs.items() if name in names}
@@ -227,12 +228,19 @@ class PromptEncoder:
         return names
 
     def _process(self, processor: Any, image: Image, **arguments: Any) -> Any:
-        try:
+        with translate_image_errors(image):
             return processor(return_tensors="pt", **arguments)
-        except (ValueError, ZeroDivisionError, ArithmeticError, IndexError) as error:
-            width, height = image.size
-            reason = first_line(error)
-            raise DataError(f"the processor refuses an image of {width} x {height} pixels: {reason}") from error
+
+
+@contextmanager
+def translate_image_errors(image: Image) -> Iterator[None]:
+    """Turn what an image processor raises for an image that it cannot take into a DataError with the image's size."""
+    try:
+        yield
+    except (ValueError, ArithmeticError, IndexError, OSError) as error:
+        width, height = image.size
+        reason = first_line(error)
+        raise DataError(f"the processor refuses an image of {width} x {height} pixels: {reason}") from error
 
 
 def check_placeholders(tokens: Sequence[str], question: str, history: Sequence[tuple[str, str]]) -> None:
@@ -272,9 +280,9 @@ def check_follow_up(prompt: str | None, follow_up: str | None) -> None:
     """
     if follow_up is None:
         return
-    if not isinstance(follow_up, str) or follow_up.count(_QUESTION) != 1:
+    if not isinstance(follow_up, str) or follow_up.count(QUESTION) != 1:
         raise ConfigError(
-            f"model.follow_up={follow_up!r} must hold {_QUESTION} once, as in '</s>USER: {_QUESTION} ASSISTANT:'"
+            f"model.follow_up={follow_up!r} must hold {QUESTION} once, as in '</s>USER: {QUESTION} ASSISTANT:'"
         )
     if prompt is None:
         raise ConfigError(
@@ -285,10 +293,8 @@ def check_follow_up(prompt: str | None, follow_up: str | None) -> None:
 
 def check_prompt(prompt: str | None) -> None:
     """Check that a prompt template holds ``{question}`` once; raise ConfigError otherwise."""
-    if prompt is not None and (not isinstance(prompt, str) or prompt.count(_QUESTION) != 1):
-        raise ConfigError(
-            f"prompt {prompt!r} must hold {_QUESTION} once, as in 'USER: {_IMAGE} {_QUESTION} ASSISTANT:'"
-        )
+    if prompt is not None and (not isinstance(prompt, str) or prompt.count(QUESTION) != 1):
+        raise ConfigError(f"prompt {prompt!r} must hold {QUESTION} once, as in 'USER: {IMAGE} {QUESTION} ASSISTANT:'")
 
 
 def check_chat_template(processor: ProcessorMixin) -> None:
@@ -297,7 +303,7 @@ def check_chat_template(processor: ProcessorMixin) -> None:
     Raises:
         ConfigError: there is no chat template, or it cannot render them.
     """
-    _renderings(processor, f"{getattr(processor, 'image_token', _IMAGE)}\n{_QUESTION}")
+    _renderings(processor, f"{getattr(processor, 'image_token', IMAGE)}\n{QUESTION}")
 
 
 def _chat_prompt(processor: ProcessorMixin, image: str, placeholder: str, system: str = "") -> str:
@@ -313,18 +319,18 @@ def _chat_prompt(processor: ProcessorMixin, image: str, placeholder: str, system
         ConfigError: there is no chat template, none of its renderings holds the question once, or all leave the system
             text out.
     """
-    renderings = _renderings(processor, f"{image}\n{_QUESTION}", system)
+    renderings = _renderings(processor, f"{image}\n{QUESTION}", system)
     if system and not any(system in text for text in renderings):
         raise ConfigError(
             f"the chat template of {type(processor).__name__} leaves model.system={system!r} out; write it into "
             "model.prompt"
         )
     renderings = [text for text in renderings if system in text]
-    usable = [text for text in renderings if text.count(_QUESTION) == 1]
+    usable = [text for text in renderings if text.count(QUESTION) == 1]
     if not usable:
         raise ConfigError(
-            f"the chat template of {type(processor).__name__} writes the question {renderings[0].count(_QUESTION)} "
-            f"times as it is, not once; set model.prompt, with {_QUESTION} in it"
+            f"the chat template of {type(processor).__name__} writes the question {renderings[0].count(QUESTION)} "
+            f"times as it is, not once; set model.prompt, with {QUESTION} in it"
         )
     return next((text for text in usable if placeholder in text), usable[0])
 
@@ -341,8 +347,8 @@ def _chat_turns(processor: ProcessorMixin, image: str, before: str, system: str)
     Returns:
         None where the template drops turns, moves the image, or writes turns differently by their number.
     """
-    fields = [_QUESTION, _ANSWER, _QUESTION, _ANSWER, _QUESTION]
-    for text in _renderings(processor, f"{image}\n{_QUESTION}", system, earlier=2):
+    fields = [QUESTION, _ANSWER, QUESTION, _ANSWER, QUESTION]
+    for text in _renderings(processor, f"{image}\n{QUESTION}", system, earlier=2):
         if re.findall(r"\{question\}|\{answer\}", text) != fields:
             continue
         first, joint, middle, later_joint, later_middle, end = re.split(r"\{question\}|\{answer\}", text)
@@ -358,10 +364,10 @@ def _renderings(processor: ProcessorMixin, text: str, system: str = "", earlier:
     image and a question are the first of them, and every question but the last has an answer.
     """
     if not getattr(processor, "chat_template", None):
-        raise ConfigError(f"{type(processor).__name__} has no chat template; set prompt, with {_QUESTION} in it")
+        raise ConfigError(f"{type(processor).__name__} has no chat template; set prompt, with {QUESTION} in it")
     renderings, errors = [], []
     forms: list[tuple[Any, Callable[[str], Any]]] = [
-        ([{"type": "image"}, {"type": "text", "text": _QUESTION}], lambda words: [{"type": "text", "text": words}]),
+        ([{"type": "image"}, {"type": "text", "text": QUESTION}], lambda words: [{"type": "text", "text": words}]),
         (text, lambda words: words),
     ]
     for content, form in forms:
@@ -369,7 +375,7 @@ def _renderings(processor: ProcessorMixin, text: str, system: str = "", earlier:
         turns.append({"role": "user", "content": content})
         for _ in range(earlier):
             turns.append({"role": "assistant", "content": form(_ANSWER)})
-            turns.append({"role": "user", "content": form(_QUESTION)})
+            turns.append({"role": "user", "content": form(QUESTION)})
         try:
             with default_signals():  # a template may loop in a C function, which no handler interrupts
                 renderings.append(str(processor.apply_chat_template(turns, add_generation_prompt=True)))
@@ -378,6 +384,6 @@ def _renderings(processor: ProcessorMixin, text: str, system: str = "", earlier:
     if not renderings:
         raise ConfigError(
             f"the chat template of {type(processor).__name__} cannot take a picture and a question "
-            f"({describe_error(errors[0])}); set model.prompt, with {_QUESTION} in it"
+            f"({describe_error(errors[0])}); set model.prompt, with {QUESTION} in it"
         ) from errors[0]
     return renderings

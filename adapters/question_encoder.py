@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image as Images
 
+from stethoscope.adapters.prompts import QUESTION
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
 from stethoscope.core.system import ModelFaults
 from stethoscope.core.text import counted
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 ASKS = ("question", "description")
 """What a task can ask for."""
-
-QUESTION = "{question}"
-"""What stands for the question in prompts and phrases."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of CLIP's training pixels (Radford et al. 2021) in red, green and blue; white is 1."""

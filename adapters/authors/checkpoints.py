@@ -199,7 +199,7 @@ def _find_files(source: str, loading: Loading, prefixes: Sequence[str], setting:
         raise ConfigError(
             f"{setting}={source}: neither a folder here nor a hub model with "
             f"{match['file'] or ', '.join((*_INDEXES, *_SINGLE_FILES))}"
-            f"{' among the files on this machine' if loading.hub_kwargs(False)['local_files_only'] else ''}"
+            f"{' among the files on this machine' if loading.location(False)['local_files_only'] else ''}"
         )
     return paths
 
@@ -208,12 +208,11 @@ def _find_hub_files(source: re.Match[str], loading: Loading, prefixes: Sequence[
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    hub_kwargs = loading.hub_kwargs(False)
-    offline, revision = hub_kwargs["local_files_only"], source["revision"] or hub_kwargs["revision"]
+    location = loading.location(False) | ({"revision": source["revision"]} if source["revision"] else {})
 
     def download(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(source["id"], name, revision=revision, local_files_only=offline))
+            return Path(hf_hub_download(source["id"], name, **location))
         except (EntryNotFoundError, LocalEntryNotFoundError):
             return None
 
@@ -296,15 +295,8 @@ def find_file(source: str, name: str, loading: Loading) -> Path | None:
         return path if path.is_file() else None
     from transformers.utils import cached_file
 
-    hub_kwargs = loading.hub_kwargs(False)
     with translate_loading_errors(source):
-        file = cached_file(
-            source,
-            name,
-            revision=hub_kwargs["revision"],
-            local_files_only=hub_kwargs["local_files_only"],
-            _raise_exceptions_for_missing_entries=False,
-        )
+        file = cached_file(source, name, **loading.location(False), _raise_exceptions_for_missing_entries=False)
     return None if file is None else Path(file)
 
 
@@ -318,7 +310,7 @@ def read_config(source: str, loading: Loading, name: str = "config.json") -> dic
     path = find_file(source, name, loading)
     if path is None:
         if name == "config.json" and not is_folder(source):  # every hub model has one
-            here = "among the files on this machine" if loading.hub_kwargs(False)["local_files_only"] else "on the hub"
+            here = "among the files on this machine" if loading.location(False)["local_files_only"] else "on the hub"
             raise ConfigError(f"model {source} was not found as a folder or {here}")
         return {}
     try:

@@ -21,7 +21,7 @@ from stethoscope.adapters.authors.processor import (
     squash,
 )
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.loading import is_folder, model_name, translate_loading_errors
+from stethoscope.adapters.loading import model_name
 from stethoscope.adapters.tiny.tokenizers import SIZES, text_sizes
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.tracing.trace import Encoded
@@ -133,14 +133,9 @@ class MiniGpt4Adapter(HfAdapter):
 
     def _text_config(self) -> PreTrainedConfig:
         """Read the language model's configuration."""
-        from transformers import AutoConfig
-
-        llm = self._source
-        folder = is_folder(llm)
-        with translate_loading_errors(llm):
-            text = AutoConfig.from_pretrained(str(Path(llm).expanduser()), **self.loading.hub_kwargs(folder))
+        text = memory.read_config(self._source, self.loading)
         if text.model_type != "llama":
-            raise ConfigError(f"llm={llm} is a {text.model_type} model; MiniGPT-4 has a llama")
+            raise ConfigError(f"llm={self._source} is a {text.model_type} model; MiniGPT-4 has a llama")
         return text
 
     def _part_configs(self, weights: Weights | None) -> tuple[Blip2VisionConfig, tuple[Blip2QFormerConfig, int] | None]:

@@ -24,9 +24,16 @@ from torch import Tensor, nn
 from stethoscope.adapters.authors.checkpoints import find_file, read_config
 from stethoscope.adapters.load_settings import Loading
 from stethoscope.adapters.loading import is_folder, silenced, translate_loading_errors
-from stethoscope.adapters.prompts import Turns, around_question, check_placeholders
+from stethoscope.adapters.prompts import (
+    IMAGE,
+    QUESTION,
+    Turns,
+    around_question,
+    check_placeholders,
+    translate_image_errors,
+)
 from stethoscope.adapters.question_encoder import CLIP_MEAN
-from stethoscope.core.errors import CapabilityError, ConfigError, DataError, first_line
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.images import rgb
 from stethoscope.tracing.token_spans import Grids
 from stethoscope.tracing.trace import Encoded, Spans
@@ -34,7 +41,6 @@ from stethoscope.tracing.trace import Encoded, Spans
 if TYPE_CHECKING:
     from transformers import LlamaTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-_QUESTION, _IMAGE = "{question}", "{image}"
 _MOST_UNUSED = 2**16  # ids of a language model that its tokenizer has no token for
 
 
@@ -152,14 +158,14 @@ class ImageTokenEncoder:
     ) -> None:
         if prompt is None:
             raise ConfigError("model.prompt is missing; for example 'USER: <image>\\n{question} ASSISTANT:'")
-        template = prompt.replace(_IMAGE, processor.placeholder)
-        for field in (processor.placeholder, _QUESTION):
+        template = prompt.replace(IMAGE, processor.placeholder)
+        for field in (processor.placeholder, QUESTION):
             if template.count(field) != 1:
                 raise ConfigError(
                     f"prompt {prompt!r} must hold {field} once; it holds it {template.count(field)} times"
                 )
         self.template = template
-        self._before, self._after = template.split(_QUESTION)
+        self._before, self._after = template.split(QUESTION)
         self.turns = None if follow_up is None else Turns.from_follow_up(template, follow_up)
         self._processor, self._grids = processor, grids
         self.image_token_id = processor.image_token_id
@@ -180,12 +186,8 @@ class ImageTokenEncoder:
         in_question = tuple(
             index for index, (left, right) in enumerate(tokens.offsets) if left < end and right > start and right > left
         )
-        try:
+        with translate_image_errors(image):
             pixels = processor.image_processor(images=image)
-        except (ValueError, ZeroDivisionError, ArithmeticError, IndexError, OSError) as error:
-            width, height = image.size
-            reason = first_line(error)
-            raise DataError(f"an image of {width} x {height} pixels cannot be preprocessed: {reason}") from error
         ids = torch.tensor([tokens.ids])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
         spans = Spans(len(tokens.ids), in_image, in_question, self._grids)
@@ -228,27 +230,6 @@ def squash(image: Image, size: int) -> Image:
     (8, 8)
     """
     return image.resize((size, size), PIL.Resampling.BICUBIC)
-
-
-def shortest_edge(image: Image, size: int) -> Image:
-    """Resize the shorter side to ``size`` pixels, bicubic; the longer side is rounded down.
-
-    >>> shortest_edge(PIL.new("RGB", (41, 20)), 10).size
-    (20, 10)
-    """
-    width, height = image.size
-    longer = int(size * max(width, height) / min(width, height))
-    return image.resize((size, longer) if width <= height else (longer, size), PIL.Resampling.BICUBIC)
-
-
-def centre_crop(image: Image, size: int) -> Image:
-    """Crop the central ``size`` x ``size`` pixels of an image that is at least as large.
-
-    >>> centre_crop(PIL.new("RGB", (41, 20)), 10).size
-    (10, 10)
-    """
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def normalise(image: Image, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:

@@ -172,6 +172,7 @@ def test_a_model_of_another_kind(folder):
         ({"model_id": "a/b", "prompt": 5}, ["prompt 5", "{question}"]),
         ({"model_id": "a/b", "system": 5}, ["model.system=5", "vicuna_v1"]),
         ({"model_id": "a/b", "threads": 1.5}, ["model.threads=1.5"]),
+        ({"model_id": "a/b", "threads": True}, ["model.threads=True"]),
         ({"model_id": "a/b", "max_pixels": True}, ["model.max_pixels=True"]),
     ],
 )

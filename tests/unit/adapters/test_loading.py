@@ -171,7 +171,7 @@ def test_a_gpu_that_is_not_there(settings):
 @pytest.mark.parametrize("setting", ["device", "device_map", "part of the map"])
 def test_a_device_that_holds_nothing_here(device, setting, monkeypatch):
     """The files of the model are not blamed, and none is read."""
-    monkeypatch.setattr(Loading, "hub_kwargs", lambda *_: pytest.fail("asked where the files are"))
+    monkeypatch.setattr(Loading, "location", lambda *_: pytest.fail("asked where the files are"))
     if setting == "device_map" and device in ("meta", "nowhere"):
         pytest.skip("is refused as no device map at all")
     settings = (
@@ -186,7 +186,7 @@ def test_quantising_without_bitsandbytes_is_refused_before_anything_is_read(monk
     import transformers.utils.import_utils as installed
 
     monkeypatch.setattr(installed, "is_bitsandbytes_available", lambda *_: False)
-    monkeypatch.setattr(Loading, "hub_kwargs", lambda *_: pytest.fail("asked where the files are"))
+    monkeypatch.setattr(Loading, "location", lambda *_: pytest.fail("asked where the files are"))
     for settings in ({"model_id": "nobody/has-this-model"}, {"random_init": "tiny"}):
         with pytest.raises(CapabilityError, match=r"bitsandbytes>=0\.46\.1.*lvlm-stethoscope\[quantize\]"):
             HfAdapter(**settings, quantize="4bit", prompt="{image}{question}").setup()
