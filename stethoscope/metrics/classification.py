@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from stethoscope.metrics.ranking import FloatOrArray, Ranking, as_result, checked, cumulate, divide
+from stethoscope.metrics.ranking import FloatOrArray, Ranking, as_result, checked, divide
 
 
 def _ranked(
@@ -223,24 +224,43 @@ class Bins:
         before = np.append(0, np.cumsum(~positive))  # grounded items before each row
         fresh = (np.diff(index, prepend=-1) != 0) | (np.diff(scores, prepend=np.nan) != 0)
         starts, run = np.append(np.flatnonzero(fresh), len(fresh)), (np.cumsum(fresh) - 1)[positive]
-        return BinOrder(order[positive], order[~positive], before[starts[run]], before[starts[run + 1]])
+        cuts = before[starts[run]], before[starts[run + 1]]
+        return BinOrder.of(order[positive], order[~positive], *cuts, len(self.labels))
 
 
 @dataclass(frozen=True)
 class BinOrder:
     """The order by falling score within bins, for any weights; see ``Bins.sort``.
 
+    Grounded items by bin and falling score are cut where a hallucinated one stands among them: all that lies between
+    two cuts goes into every pair alike.
+
     Attributes:
-        positive: (hallucinated,) index of every hallucinated item.
-        grounded: (grounded,) index of every grounded item.
-        above: (hallucinated,) how many grounded items come before the hallucinated one's score.
-        at_least: (hallucinated,) how many come up to its score.
+        between: (cuts, n) 1 for the grounded items between the cut before and this one, else 0.
+        at: (cuts, n) 1 for the hallucinated items at a cut, 1/2 at each of the two around grounded ones of their score.
     """
 
-    positive: np.ndarray
-    grounded: np.ndarray
-    above: np.ndarray
-    at_least: np.ndarray
+    between: csr_array
+    at: csr_array
+
+    @classmethod
+    def of(
+        cls, positive: np.ndarray, grounded: np.ndarray, above: np.ndarray, at_least: np.ndarray, items: int
+    ) -> BinOrder:
+        """Cut the grounded items of an order.
+
+        Args:
+            positive: (hallucinated,) index of every hallucinated item.
+            grounded: (grounded,) index of every grounded item.
+            above: (hallucinated,) how many grounded items come before the hallucinated one's score.
+            at_least: (hallucinated,) how many come up to its score.
+            items: number of all items.
+        """
+        cuts, rows = np.unique(np.concatenate([above, at_least]), return_inverse=True)
+        counted = grounded[: cuts.max(initial=0)]
+        between = csr_array((np.ones(len(counted)), counted, np.append(0, cuts)), (len(cuts), items))
+        halves = np.full(len(rows), 0.5), (rows.ravel(), np.tile(positive, 2))
+        return cls(between, csr_array(halves, (len(cuts), items)))
 
     def auroc(self, matrix: np.ndarray, totals: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """Compute the share of pairs within bins in the right order, with half of those at one score, (replicates,).
@@ -249,13 +269,9 @@ class BinOrder:
             matrix: (n, replicates) weights.
             totals: ``Bins.totals`` of these weights.
         """
-        (upto, within), sums = totals, cumulate(matrix, self.grounded)
-        wrong = sums.take(self.at_least, axis=0)
-        if (self.above != self.at_least).any():
-            wrong += sums.take(self.above, axis=0)
-            wrong /= 2
-        right = upto - np.einsum("kr,kr->r", wrong, matrix.take(self.positive, axis=0))
-        return divide(right, within)
+        upto, within = totals
+        wrong = np.einsum("kr,kr->r", np.cumsum(self.between @ matrix, axis=0), self.at @ matrix)
+        return divide(upto - wrong, within)
 
 
 def _check_probabilities(scores: np.ndarray) -> None:

@@ -6,8 +6,9 @@ twice.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ Types know no shapes: ``float | Any`` lets a caller, who knows them, use either 
 
 LOOKED_UP = 10**6  # largest count whose sum of harmonic numbers is looked up
 BLOCK = 16  # rows of a block of sums
+SMALLEST = np.finfo(np.float64).tiny  # instead of a divisor of 0, where what is divided is 0 too
 
 
 def checked(
@@ -97,8 +99,14 @@ def _harmonic_sums(count: np.ndarray) -> np.ndarray:
     whole = count.astype(np.intp)
     if not (whole == count).all() or whole.max(initial=0) > LOOKED_UP:
         return count * harmonic(count) - count
-    numbers = np.arange(whole.max(initial=0) + 1, dtype=np.float64)
-    return (numbers * harmonic(numbers) - numbers).take(whole)
+    return _harmonic_table(int(whole.max(initial=0)).bit_length()).take(whole)
+
+
+@lru_cache
+def _harmonic_table(bits: int) -> np.ndarray:
+    """Return n H(n) - n of all numbers of at most so many bits."""
+    numbers = np.arange(2**bits, dtype=np.float64)
+    return numbers * harmonic(numbers) - numbers
 
 
 def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -280,18 +288,17 @@ class Ranking:
 
     def auprc(self) -> np.ndarray:
         """Compute the average precision, (replicates,) in [0, 1], of the hallucinated items."""
-        precision = np.divide(self._true, self._flagged, out=np.zeros(self._true.shape), where=self._flagged > 0)
+        precision = self._true / np.maximum(self._flagged, SMALLEST)
         return self._both(_dot(self.hallucinated, precision), self.totals[0])
 
     def auprc_grounded(self) -> np.ndarray:
         """Compute the average precision, (replicates,) in [0, 1], of the grounded items, for which low scores speak."""
         hallucinated, grounded = self.totals
         right = grounded - self._grounded_sums[:-1]  # at this score or below
-        flagged = self._hallucinated_sums.take(self.order.grounded.above, axis=0)
-        np.subtract(hallucinated, flagged, out=flagged)
+        flagged = (hallucinated - self._hallucinated_sums).take(self.order.grounded.above, axis=0)
         flagged += right
-        precision = np.divide(right, flagged, out=right, where=flagged > 0)
-        return self._both(_dot(self.grounded, precision), grounded)
+        right /= np.maximum(flagged, SMALLEST, out=flagged)
+        return self._both(_dot(self.grounded, right), grounded)
 
     def fpr_at_tpr(self, level: float) -> np.ndarray:
         """Compute the lowest false-positive rate, (replicates,), at which the true-positive rate is ``level``."""
@@ -308,7 +315,9 @@ class Ranking:
 
     def tpr_at_fpr(self, level: float) -> np.ndarray:
         """Compute the highest true-positive rate, (replicates,), at a false-positive rate of at most ``level``."""
-        count = (self._grounded_sums[1:] <= level * self.totals[1] * (1 + 1e-12)).sum(axis=0)  # scores at which it is
+        sums, most = self._grounded_sums[1:], level * self.totals[1] * (1 + 1e-12)
+        rows = bisect_left(range(len(sums)), True, key=lambda row: bool((sums[row] > most).all()))  # others are above
+        count = (sums[:rows] <= most).sum(axis=0)  # scores at which it is
         above = np.append(self.order.grounded.above, len(self._true))  # the next one
         return self._both(self._hallucinated_sums[above[count], np.arange(count.size)], self.totals[0])
 
