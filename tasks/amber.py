@@ -10,20 +10,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.core.json_rows import clipped, read_rows, read_text, shown
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.tasks import yes_no
-from stethoscope.tasks.annotations import with_suffix
-from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
-from stethoscope.tasks.counts import CONFUSION, accuracy, confusion, f1, label_mentions, precision, ratio, recall
+from stethoscope.tasks.base import Metric, ScoredSample, Tally, Task
+from stethoscope.tasks.counts import CONFUSION, accuracy, confusion, f1, label_mentions, precision, ratio, recall, share
 from stethoscope.tasks.extraction import read_association
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.noun_extraction import NounExtractor, SpacyNounExtractor
 from stethoscope.tasks.object_extraction import MentionExtractor, TextMention
-from stethoscope.tasks.sources import check_choice, check_choices, check_paths, setting_path
+from stethoscope.tasks.questions import question_text, with_suffix
+from stethoscope.tasks.sources import check_choice, check_choices, check_paths, check_unused, setting_path
 
 PARTS = ("generative", "existence", "attribute", "relation")
 SUBSETS = {
@@ -203,13 +201,13 @@ class Amber(Task):
     def _read_annotations(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
         """Read by question id the authors' type, and the reference of its sample."""
         annotations: dict[int, tuple[str, dict[str, Any]]] = {}
+        origins: dict[int, str] = {}
         for _, origin, row in read_rows(path, ("id", "type", "truth")):
             if str(row["type"]) not in SUBSETS:
                 raise DataError(f"{origin}: {unknown('type of question', clipped(row['type']), SUBSETS)}")
             if not isinstance(row["id"], int):
                 raise DataError(f"{origin}: id {shown(row['id'])} is no number")
-            if row["id"] in annotations:
-                raise DataError(f"{origin}: id {row['id']} is used before")
+            check_unused(origins, row["id"], origin)
             reference: dict[str, Any] = {"label": row["truth"]}
             if row["type"] == "generative":
                 reference = {"truth": row["truth"], "hallu": row.get("hallu")}
@@ -222,31 +220,32 @@ class Amber(Task):
         return annotations
 
     def _read_samples(self, annotations: Mapping[int, tuple[str, dict[str, Any]]]) -> list[Sample]:
-        path, images, samples = self._path("query_all.json"), ImageFolder(setting_path(self.images)), {}
+        path, images = self._path("query_all.json"), ImageFolder(setting_path(self.images))
+        samples: list[Sample] = []
+        origins: dict[int, str] = {}
         for _, origin, row in read_rows(path, ("id", "image", "query")):
             if not isinstance(row["id"], int) or row["id"] not in annotations:
                 raise DataError(f"{origin}: id {shown(row['id'])} is not among the annotations")
-            if row["id"] in samples:
-                raise DataError(f"{origin}: id {row['id']} is used before")
-            if not isinstance(row["query"], str) or not row["query"].strip():
-                raise DataError(f"{origin}: {shown(row['query'])} is no question")
+            check_unused(origins, row["id"], origin)
+            question = question_text(row["query"], origin)
             kind, reference = annotations[row["id"]]
             part, subset = SUBSETS[kind]
             if part not in self.parts:
                 continue
-            question = row["query"]
             if part != "generative":
                 nouns = self._nouns(question)
                 reference = {**reference, "object": nouns[0].name if nouns else UNKNOWN}
                 question = with_suffix(question, self.suffix)
             image = images.find(str(row["image"]), origin)
-            samples[row["id"]] = Sample(
-                f"{subset}-{row['id']}", image, question, image.group, subset, reference,
-                asks="description" if part == "generative" else "question",
+            samples.append(
+                Sample(
+                    f"{subset}-{row['id']}", image, question, image.group, subset, reference,
+                    asks="description" if part == "generative" else "question",
+                )
             )  # fmt: skip
         if not samples:
             raise DataError(f"{path} has no question of {', '.join(self.parts)}")
-        return list(samples.values())
+        return samples
 
     def samples(self) -> Sequence[Sample]:
         """Return descriptions and questions in the order of the authors' file."""
@@ -265,8 +264,17 @@ class Amber(Task):
             return Score("unparsed", counts, {"nouns": [], "invented": []}), mentions
         truth, targets = sample.reference["truth"], sample.reference["hallu"]
         invented = [name for name in names if verdicts.labels[name] == 1]
-        values = (len(names), len(invented), 1, bool(invented), len(truth), len(verdicts.covered), len(targets))
-        counts |= dict(zip(_CAPTION, map(float, (*values, len(verdicts.fallen_for))), strict=True))
+        caption = {
+            "nouns": len(names),
+            "invented": len(invented),
+            "answers": 1,
+            "with_invented": bool(invented),
+            "truth": len(truth),
+            "covered": len(verdicts.covered),
+            "targets": len(targets),
+            "fallen_for": len(verdicts.fallen_for),
+        }
+        counts |= {name: float(count) for name, count in caption.items()}
         fallen_for = [targets[index] for index in sorted(verdicts.fallen_for)]
         return Score("ok", counts, {"nouns": names, "invented": invented, "fallen_for": fallen_for}), mentions
 
@@ -309,19 +317,20 @@ class Amber(Task):
         """Name the parser."""
         return [f"Replies are read by the parser {self.parser!r}."]
 
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+    def metrics(self) -> Mapping[str, Metric]:
         """Return the authors' figures: ``amber`` from 0 to 100, all others from 0 to 1.
 
         ``chair``: invented nouns among all nouns. ``cover``: true objects named. ``hal``: descriptions with an
         invented noun. ``cog``: likely hallucinations named. ``accuracy``, ``precision``, ``recall``, ``f1``: of the
         questions, with no as the positive class.
         """
+        chair = share("invented", "nouns")
         return {
-            "amber": lambda totals: amber_score(100 * _chair(totals), 100 * f1(totals)),
-            "chair": _chair,
-            "cover": lambda totals: ratio(totals["covered"], totals["truth"]),
-            "hal": lambda totals: ratio(totals["with_invented"], totals["answers"]),
-            "cog": lambda totals: ratio(totals["fallen_for"], totals["targets"]),
+            "amber": lambda totals: amber_score(100 * chair(totals), 100 * f1(totals)),
+            "chair": chair,
+            "cover": share("covered", "truth"),
+            "hal": share("with_invented", "answers"),
+            "cog": share("fallen_for", "targets"),
             "accuracy": accuracy,
             "precision": precision,
             "recall": recall,
@@ -331,7 +340,3 @@ class Amber(Task):
             ),
             "f1_published": lambda totals: f1({name: totals[f"published_{name}"] for name in CONFUSION}),
         }
-
-
-def _chair(totals: Totals) -> np.ndarray:
-    return ratio(totals["invented"], totals["nouns"])

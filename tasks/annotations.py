@@ -27,24 +27,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-SUFFIXES = {"lmms_eval": "\nAnswer the question using a single word or phrase."}
-"""Suffixes by name: ``lmms_eval`` is that of lmms-eval's POPE and of LLaVA's own POPE file."""
-
-
-def with_suffix(question: str, suffix: str) -> str:
-    """Add a suffix, or the one of that name in ``SUFFIXES``, to a question.
-
-    A blank comes between words where the command line has lost it.
-
-    >>> with_suffix("Is there a dog?", "Answer yes or no."), with_suffix("Is it red?", "\\n(yes or no)")
-    ('Is there a dog? Answer yes or no.', 'Is it red?\\n(yes or no)')
-    >>> with_suffix("Is there a dog?", "lmms_eval")
-    'Is there a dog?\\nAnswer the question using a single word or phrase.'
-    """
-    suffix = SUFFIXES.get(suffix, suffix)
-    return question + (" " if suffix[:1].isalnum() else "") + suffix
-
-
 # --- COCO -------------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,9 @@ from stethoscope.core.types import Answer, Mention, Sample, Score
 Totals = Mapping[str, np.ndarray]
 """Sums of ``Score.counts`` over samples: one float array of any common shape for each name."""
 
+Metric = Callable[[Totals], np.ndarray]
+"""An element-wise function of totals; NaN where it is not defined."""
+
 ScoredSample = tuple[Sample, Mapping[str, float]]
 """A sample that did not fail, with the ``counts`` of its score."""
 
@@ -73,8 +76,8 @@ class Task(ABC):
         """Score one answer. An answer that cannot be read is ``unparsed``, never a wrong answer."""
 
     @abstractmethod
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """Return metrics by name, each an element-wise function of the totals (NaN where it is not defined).
+    def metrics(self) -> Mapping[str, Metric]:
+        """Return the metrics by name.
 
         Totals come as arrays so that one call covers the value and every bootstrap replicate.
         """
@@ -116,7 +119,7 @@ class Task(ABC):
         return self.score(sample, answer), tuple(self.mentions(sample, answer))
 
     def evaluate_answer(self, sample: Sample, answer: Answer) -> tuple[Score, tuple[Mention, ...]]:
-        """Return what ``score_answer`` and ``label_mentions`` do."""
+        """Return the results of ``score_answer`` and ``label_mentions``, which read the answer once."""
         scored, kept = answer.without_reasoning()
         score, mentions = self.evaluate(sample, scored)
         return score, _in_whole_answer(mentions, answer, kept)

@@ -14,12 +14,10 @@ from typing import ClassVar
 from stethoscope.core.errors import DataError
 from stethoscope.core.json_rows import clipped, read_rows, shown
 from stethoscope.core.types import ImageRef, Sample
-from stethoscope.tasks.annotations import with_suffix
-from stethoscope.tasks.base import ScoredSample
-from stethoscope.tasks.counts import accuracy, f1, precision, recall, yes_rate
+from stethoscope.tasks.base import Metric, ScoredSample
+from stethoscope.tasks.counts import CONFUSION, accuracy, f1, harmonic_mean, precision, recall, share, yes_rate
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.pope import asked_object
-from stethoscope.tasks.questions import Metric, YesNoTask, harmonic_mean, label_text, question_text, share
+from stethoscope.tasks.questions import YesNoTask, asked_object, label_text, question_text, with_suffix
 from stethoscope.tasks.sources import DataSource, SourceRow, check_choice, check_positive, setting_path
 from stethoscope.tasks.yes_no import PARSERS
 
@@ -136,7 +134,7 @@ class Beaf(YesNoTask):
     def add_counts(self, scored: Sequence[ScoredSample], counts: list[dict[str, float]]) -> None:
         """Count for every question about an edited picture how the answer has changed."""
         for first, second in pairs(scored):
-            before, after = (_outcome(scored[index][1]) for index in (first, second))
+            before, after = (_confusion_cell(scored[index][1]) for index in (first, second))
             labels = [scored[index][0].reference["label"] for index in (first, second)]
             if before is None or after is None:
                 continue
@@ -200,6 +198,6 @@ def _pair_key(sample: Sample) -> tuple[str, str]:
     return sample.reference["original"], sample.question
 
 
-def _outcome(counts: Mapping[str, float]) -> str | None:
-    """Return the cell of the confusion table in which an answer is counted; None for one that was not read."""
-    return next((cell for cell in ("tp", "tn", "fn", "fp") if counts[cell]), None)
+def _confusion_cell(counts: Mapping[str, float]) -> str | None:
+    """Return the cell of the confusion matrix in which an answer is counted; None for one that was not read."""
+    return next((cell for cell in CONFUSION if counts[cell]), None)

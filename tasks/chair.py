@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
-
-import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.core.json_rows import clipped, read_rows, read_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.tasks.annotations import image_id, read_captions, read_instances
-from stethoscope.tasks.base import Task, Totals
+from stethoscope.tasks.base import Metric, Task
 from stethoscope.tasks.counts import CHAIR_METRICS, complete_sentences, label_mentions, score_caption
 from stethoscope.tasks.extraction import COCO, beside_coco, load_extraction
 from stethoscope.tasks.image_folder import ImageFolder
@@ -196,10 +194,6 @@ class Chair(Task):
         """Return one sample per image, in the order of the source."""
         return self._samples
 
-    def _scored_text(self, answer: Answer) -> str:
-        """Return the part of the answer that is scored: all of it, or its complete sentences."""
-        return complete_sentences(answer.text) if self.drop_incomplete and not answer.finished else answer.text
-
     def _named(self, text: str) -> tuple[list[TextMention], list[bool]]:
         """Return the mentions of a text, and which of them the ground truth can judge."""
         if self._extract.identity == COCO or self._extract.synonyms:
@@ -209,7 +203,9 @@ class Chair(Task):
 
     def evaluate(self, sample: Sample, answer: Answer) -> tuple[Score, tuple[Mention, ...]]:
         """Extract the objects of an answer once, for its score and its mentions."""
-        text, truth = self._scored_text(answer), set(sample.reference["objects"])
+        text, truth = answer.text, set(sample.reference["objects"])
+        if self.drop_incomplete and not answer.finished:
+            text = complete_sentences(text)
         named, judged = self._named(text)
         names = [mention.name for mention, own in zip(named, judged, strict=True) if own]
         labels = [int(mention.name not in truth) if own else -1 for mention, own in zip(named, judged, strict=True)]
@@ -223,7 +219,7 @@ class Chair(Task):
         """Return every object that the scored text names: 1 if it is not in the picture, else 0; -1 not judged."""
         return self.evaluate(sample, answer)[1]
 
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+    def metrics(self) -> Mapping[str, Metric]:
         """Return CHAIR_i, CHAIR_s, object recall and length in words; ``counts.CHAIR_METRICS`` defines them."""
         return CHAIR_METRICS
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 import numpy as np
 
 from stethoscope.core.types import Mention, Sample, Score
-from stethoscope.tasks.base import ScoredSample, Totals
+from stethoscope.tasks.base import Metric, ScoredSample, Totals
 from stethoscope.tasks.object_extraction import TextMention
 
 # --- quotients and yes/no answers -------------------------------------------------------------------------------------
@@ -26,6 +26,36 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """
     part, whole = np.asarray(part, float), np.asarray(whole, float)
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+
+
+def total(totals: Totals, *names: str) -> np.ndarray:
+    """Add up counts by name; one that no sample has is 0.
+
+    >>> total({"tp": np.array([2.0, 1.0])}, "tp", "fn").tolist()
+    [2.0, 1.0]
+    """
+    nothing = np.zeros_like(next(iter(totals.values())), dtype=float)
+    return np.sum([totals.get(name, nothing) for name in names], axis=0)
+
+
+def share(part: str, *whole: str) -> Metric:
+    """Return the metric that divides a count by a sum of others; NaN where that is 0."""
+    return lambda totals: ratio(total(totals, part), total(totals, *whole))
+
+
+def harmonic_mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return 2 x y / (x + y) element by element, 0 where both are 0.
+
+    >>> harmonic_mean(np.array([0.5, 0.0]), np.array([1.0, 0.0])).round(3).tolist()
+    [0.667, 0.0]
+    """
+    both = np.asarray(first + second, float)
+    return np.where(both == 0, 0.0, ratio(2 * first * second, both)) + 0 * both  # NaN stays NaN
+
+
+def harmonic(first: Metric, second: Metric) -> Metric:
+    """Return the metric that is the harmonic mean of two others, such as of two rates of right answers."""
+    return lambda totals: harmonic_mean(first(totals), second(totals))
 
 
 def accuracy(totals: Totals) -> np.ndarray:
@@ -71,7 +101,7 @@ def balanced_accuracy(totals: Totals) -> np.ndarray:
     return (recall(totals) + tnr(totals)) / 2
 
 
-YES_NO_METRICS: Mapping[str, Callable[[Totals], np.ndarray]] = {
+YES_NO_METRICS: Mapping[str, Metric] = {
     "accuracy": accuracy,
     "balanced_accuracy": balanced_accuracy,
     "precision": precision,
@@ -174,9 +204,17 @@ def score_caption(text: str, named: Sequence[str], truth: Collection[str]) -> Sc
         return Score("unparsed", dict.fromkeys(_COUNTS, 0.0), {"objects": [], "hallucinated": []})
     truth = set(truth)
     invented = [name for name in named if name not in truth]
-    values = (len(named), len(invented), 1, bool(invented), len(truth), len(truth & set(named)), len(text.split()))
+    counts = {
+        "mentions": len(named),
+        "hallucinated": len(invented),
+        "captions": 1,
+        "hallucinated_captions": bool(invented),
+        "truth": len(truth),
+        "found": len(truth & set(named)),
+        "words": len(text.split()),
+    }
     detail = {"objects": list(named), "hallucinated": invented}
-    return Score("ok", dict(zip(_COUNTS, map(float, values), strict=True)), detail)
+    return Score("ok", {name: float(count) for name, count in counts.items()}, detail)
 
 
 def unjudged_caption(text: str) -> Score:
@@ -204,11 +242,11 @@ def label_mentions(mentions: Sequence[TextMention], labels: Sequence[int]) -> tu
     return tuple(labelled)
 
 
-CHAIR_METRICS: Mapping[str, Callable[[Totals], np.ndarray]] = {
-    "chair_i": lambda totals: ratio(totals["hallucinated"], totals["mentions"]),
-    "chair_s": lambda totals: ratio(totals["hallucinated_captions"], totals["captions"]),
-    "recall": lambda totals: ratio(totals["found"], totals["truth"]),
-    "length": lambda totals: ratio(totals["words"], totals["captions"]),
+CHAIR_METRICS: Mapping[str, Metric] = {
+    "chair_i": share("hallucinated", "mentions"),
+    "chair_s": share("hallucinated_captions", "captions"),
+    "recall": share("found", "truth"),
+    "length": share("words", "captions"),
 }
 """CHAIR_i, CHAIR_s, object recall and length in words.
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
-
-import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.core.json_rows import check_line, clipped, read_rows
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.tasks import counts, yes_no
-from stethoscope.tasks.annotations import with_suffix
-from stethoscope.tasks.base import Task, Totals
+from stethoscope.tasks.base import Metric, Task
 from stethoscope.tasks.extraction import COCO, load_extraction
 from stethoscope.tasks.image_folder import ImageFolder
+from stethoscope.tasks.questions import with_suffix
 from stethoscope.tasks.sources import check_choice, check_name, check_positive, setting_path
 
 KINDS = ("yes_no", "caption", "unlabelled", "free")
@@ -184,7 +182,7 @@ class Custom(Task):
             "metrics leave them out.",
         ]
 
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+    def metrics(self) -> Mapping[str, Metric]:
         """Return the metrics of the kind: with yes as the positive class, CHAIR's, or words per answer.
 
         Of ``yes_no``, ``answered`` is the share of replies that are a yes or a no; the others are over those alone, but
@@ -193,14 +191,11 @@ class Custom(Task):
         if self.kind == "caption":
             return counts.CHAIR_METRICS
         if self.kind == "unlabelled":
-            length = {
-                "length": lambda totals: counts.ratio(totals["words"], totals["captions"] + totals.get("unjudged", 0))
-            }
-            return {**counts.CHAIR_METRICS, **length}
+            return {**counts.CHAIR_METRICS, "length": counts.share("words", "captions", "unjudged")}
         if self.kind == "free":
-            return {"length": lambda totals: counts.ratio(totals["words"], totals["answers"])}
+            return {"length": counts.share("words", "answers")}
         return {
             **{name: counts.YES_NO_METRICS[name] for name in ("accuracy", "precision", "recall", "f1", "yes_rate")},
             "accuracy_all": lambda totals: counts.ratio(totals["tp"] + totals["tn"], totals["asked"]),
-            "answered": lambda totals: counts.ratio(sum(totals[name] for name in counts.CONFUSION), totals["asked"]),
+            "answered": lambda totals: counts.ratio(counts.total(totals, *counts.CONFUSION), totals["asked"]),
         }

@@ -13,17 +13,10 @@ from typing import ClassVar
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.json_rows import clipped, read_json, shown
 from stethoscope.core.types import Sample
-from stethoscope.tasks.counts import recall, tnr, yes_rate
+from stethoscope.tasks.base import Metric
+from stethoscope.tasks.counts import balanced_accuracy, harmonic, recall, tnr, yes_rate
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.questions import (
-    TNR_PUBLISHED,
-    TPR_PUBLISHED,
-    Metric,
-    YesNoTask,
-    balanced,
-    label_text,
-    question_text,
-)
+from stethoscope.tasks.questions import TNR_PUBLISHED, TPR_PUBLISHED, YesNoTask, label_text, question_text
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, setting_path
 from stethoscope.tasks.yes_no import PARSERS
 
@@ -75,7 +68,7 @@ class DashB(YesNoTask):
         for part, label in PARTS.items():
             path = folder / f"dash_benchmark_{part}.json"
             sources = read_json(path)
-            for source, object_, file in _file_names(sources, f"{path}"):
+            for source, object_, file in _file_names(sources, str(path)):
                 origin = f"{path}, {clipped(source)}, {clipped(object_)}"
                 values = {
                     "id": f"{part}-{source}-{object_}-{PurePath(file).stem}",
@@ -115,16 +108,14 @@ class DashB(YesNoTask):
 
     def metrics(self) -> Mapping[str, Metric]:
         """Return the rates of right answers, their arithmetic and harmonic mean, and the yes-rate, from 0 to 1."""
-        accuracy, harmonic = balanced(recall, tnr)
-        accuracy_published, harmonic_published = balanced(TPR_PUBLISHED, TNR_PUBLISHED)
         return {
-            "harmonic_mean": harmonic,
-            "accuracy": accuracy,
+            "harmonic_mean": harmonic(recall, tnr),
+            "accuracy": balanced_accuracy,
             "tnr": tnr,
             "tpr": recall,
             "yes_rate": yes_rate,
-            "harmonic_mean_published": harmonic_published,
-            "accuracy_published": accuracy_published,
+            "harmonic_mean_published": harmonic(TPR_PUBLISHED, TNR_PUBLISHED),
+            "accuracy_published": lambda totals: (TPR_PUBLISHED(totals) + TNR_PUBLISHED(totals)) / 2,
             "tnr_published": TNR_PUBLISHED,
             "tpr_published": TPR_PUBLISHED,
         }

@@ -194,12 +194,10 @@ class Extraction:
         return self.mentions(text)
 
     def own_names(self, names: Iterable[str]) -> frozenset[str]:
-        """Return COCO's names as this extraction's: those of a vocabulary that has them, or else themselves."""
-        return (
-            frozenset(self.synonyms[name] for name in names if name in self.synonyms)
-            if self.synonyms
-            else frozenset(names)
-        )
+        """Translate COCO's names into this extraction's; a vocabulary drops those that it lacks."""
+        if not self.synonyms:
+            return frozenset(names)
+        return frozenset(self.synonyms[name] for name in names if name in self.synonyms)
 
     @cached_property
     def name_prefixes(self) -> NamePrefixes | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from stethoscope.core.errors import DataError
-from stethoscope.core.json_rows import check_line, clipped, read_rows, shown
+from stethoscope.core.json_rows import check_line, read_rows, shown
 from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
-from stethoscope.tasks.base import Task, Totals
-from stethoscope.tasks.counts import ratio
+from stethoscope.tasks.base import Metric, Task, Totals
+from stethoscope.tasks.counts import ratio, share, total
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.sources import check_paths, setting_path
+from stethoscope.tasks.sources import check_paths, check_unused, setting_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,26 +105,19 @@ class GivenAnswers(Task):
             for number, (start, end, kind) in enumerate(self._labelled(sample, answer) or ())
         )
 
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+    def metrics(self) -> Mapping[str, Metric]:
         """Return surprisal in nats per token by kind, the share of hallucinated tokens, and ``nll_gap``."""
-
-        def total(totals: Totals, unit: str) -> np.ndarray:
-            return sum((totals[f"{unit}_{kind}"] for kind in self.kinds), start=np.zeros(()))
-
-        def surprisal(kind: str) -> Callable[[Totals], np.ndarray]:
-            return lambda totals: ratio(totals[f"nll_{kind}"], totals[f"tokens_{kind}"])
+        tokens, nll = ([f"{unit}_{kind}" for kind in self.kinds] for unit in ("tokens", "nll"))
 
         def hallucinated(totals: Totals) -> np.ndarray:
-            return ratio(total(totals, "nll"), total(totals, "tokens"))
+            return ratio(total(totals, *nll), total(totals, *tokens))
 
-        grounded = surprisal(GROUNDED)
+        grounded = share("nll_grounded", "tokens_grounded")
         return {
             "nll_gap": lambda totals: hallucinated(totals) - grounded(totals),
             "nll_grounded": grounded,
-            **{f"nll_{kind}": surprisal(kind) for kind in self.kinds},
-            "hallucinated": lambda totals: ratio(
-                total(totals, "tokens"), total(totals, "tokens") + totals["tokens_grounded"]
-            ),
+            **{f"nll_{kind}": share(f"nll_{kind}", f"tokens_{kind}") for kind in self.kinds},
+            "hallucinated": lambda totals: ratio(total(totals, *tokens), total(totals, *tokens, "tokens_grounded")),
         }
 
 
@@ -163,9 +156,7 @@ class HalLoc(GivenAnswers):
         samples = []
         for number, origin, row in read_rows(path, ("image", "question", "answer", "spans")):
             id_ = str(row.get("id", "")).strip() or str(number)
-            if id_ in origins:
-                raise DataError(f"{origin}: id {clipped(id_)} is used before, in {origins[id_]}")
-            origins[id_] = origin
+            check_unused(origins, id_, origin)
             check_line("halloc", row, origin)
             image = images.find(str(row["image"]), origin)
             samples.append(

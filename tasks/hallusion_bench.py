@@ -15,9 +15,9 @@ from stethoscope.core.errors import DataError, unknown
 from stethoscope.core.json_rows import clipped, read_rows, shown
 from stethoscope.core.types import Answer, Mention, Sample
 from stethoscope.tasks import yes_no
-from stethoscope.tasks.annotations import with_suffix
+from stethoscope.tasks.base import Metric
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.questions import ACCURACY, Metric, QuestionTask, question_text, set_share
+from stethoscope.tasks.questions import ACCURACY, QuestionTask, question_text, set_share, with_suffix
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, setting_path
 
 CATEGORIES = ("VD", "VS")

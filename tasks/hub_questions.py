@@ -7,22 +7,19 @@ example.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
-
-import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import SUFFIXES
 from stethoscope.core.json_rows import shown
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.tasks import choice, yes_no
-from stethoscope.tasks.annotations import with_suffix
-from stethoscope.tasks.base import Totals
-from stethoscope.tasks.counts import YES_NO_METRICS
-from stethoscope.tasks.questions import ACCURACY, ALL, QuestionTask, YesNoTask, question_text, share
+from stethoscope.tasks.base import Metric
+from stethoscope.tasks.counts import YES_NO_METRICS, share
+from stethoscope.tasks.questions import ACCURACY, ALL, QuestionTask, YesNoTask, question_text, with_suffix
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, check_name, check_positive
 
 
@@ -44,7 +41,7 @@ class HubQuestions(QuestionTask):
         suffix: str,
         max_new_tokens: int,
         columns: Mapping[str, str | None],
-        source: tuple[str | None, str, str, str | None, bool],
+        hub: HubSource,
     ) -> None:
         """Store and check what both kinds of questions have.
 
@@ -53,38 +50,36 @@ class HubQuestions(QuestionTask):
             parser: name of one of ``parsers``.
             suffix: added to every question.
             max_new_tokens: longest answer, in tokens.
-            columns: of ``image``, ``question``, ``label``, ``subset``, ``group``, ``id`` and ``object``; the last four
-                may be None.
-            source: data set, folder in it, split, revision, and whether only the hub cache is used.
+            columns: of ``question``, ``label``, ``subset``, ``group``, ``id``, ``object``; the last four may be None.
+            hub: the data set, with the column of the images.
 
         Raises:
             ConfigError: a setting is missing, or has another value than it may have.
         """
-        dataset, folder, split, revision, local_files_only = source
         self.name = check_name(name)
-        if not dataset:
+        if not hub.dataset:
             raise ConfigError(f"{name} needs task.dataset, owner/name on the hub or a folder of Parquet files")
-        for key in ("image", "question", "label"):
-            if not columns[key]:
+        for key, column in (("image", hub.image), ("question", columns["question"]), ("label", columns["label"])):
+            if not column:
                 raise ConfigError(f"{name} needs task.{key}, the column of the data set that holds it")
         check_choice(f"parser of {name}", parser, self.parsers)
         check_positive(max_new_tokens=max_new_tokens)
         self.parser, self.suffix, self.max_new_tokens = parser, suffix, max_new_tokens
         self.columns = {key: column for key, column in columns.items() if column}
-        self.hub = HubSource(dataset, split, revision, local_files_only, folder, self.columns["image"])
+        self.hub = hub
         super().__init__(DataSource(self.name, "hub", {"hub": self._read_hub}))
 
     def _read_hub(self) -> Iterator[SourceRow]:
         group = self.columns.get("group")
-        wanted = dict.fromkeys(column for key, column in self.columns.items() if key != "image")
-        yield from self.hub.rows((*wanted, *self._more_columns()), (lambda row: str(row[group])) if group else None)
+        wanted = dict.fromkeys((*self.columns.values(), *self._more_columns()))
+        yield from self.hub.rows(wanted, (lambda row: str(row[group])) if group else None)
 
     def _more_columns(self) -> Sequence[str]:
         return ()
 
     def read_row(self, row: SourceRow) -> Iterator[Sample]:
         """Make the sample of a row of the data set."""
-        values = {key: row.values[column] for key, column in self.columns.items() if key != "image"}
+        values = {key: row.values[column] for key, column in self.columns.items()}
         question, subset = question_text(values["question"], row.origin), values.get("subset", ALL)
         if subset is None or not str(subset).strip():
             raise DataError(f"{row.origin}: {self.columns['subset']} {shown(subset)} is no subset")
@@ -135,9 +130,9 @@ class HubYesNo(HubQuestions, YesNoTask):
         Raises:
             ConfigError: a setting is missing, or has another value than it may have.
         """
-        columns = dict(image=image, question=question, label=label, subset=subset, group=group, id=id, object=object)
-        source = dataset, folder, split, revision, local_files_only
-        super().__init__(name, parser, suffix, max_new_tokens, columns, source)
+        columns = dict(question=question, label=label, subset=subset, group=group, id=id, object=object)
+        hub = HubSource(dataset or "", split, revision, local_files_only, folder, image)
+        super().__init__(name, parser, suffix, max_new_tokens, columns, hub)
         self._labels = {_plain(positive): "yes", _plain(negative): "no"}
         if len(self._labels) < 2:
             raise ConfigError(f"task.positive={positive!r} and task.negative={negative!r} should differ")
@@ -150,7 +145,7 @@ class HubYesNo(HubQuestions, YesNoTask):
             )
         return question, {"label": self._labels[_plain(label)]}
 
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+    def metrics(self) -> Mapping[str, Metric]:
         """Return accuracy, balanced accuracy and the other shares of the confusion matrix, from 0 to 1."""
         return YES_NO_METRICS
 
@@ -185,9 +180,9 @@ class HubChoice(HubQuestions):
         Raises:
             ConfigError: a setting is missing, or has another value than it may have.
         """
-        columns = dict(image=image, question=question, label=label, subset=subset, group=group, id=id, object=None)
-        source = dataset, folder, split, revision, local_files_only
-        super().__init__(name, parser, suffix, max_new_tokens, columns, source)
+        columns = dict(question=question, label=label, subset=subset, group=group, id=id, object=None)
+        hub = HubSource(dataset or "", split, revision, local_files_only, folder, image)
+        super().__init__(name, parser, suffix, max_new_tokens, columns, hub)
         self.options = options if options is None or isinstance(options, str) else tuple(options)
         self.letters = "".join(dict.fromkeys(str(letters).upper()))
         if not 2 <= len(self.letters) <= 26 or not (self.letters.isascii() and self.letters.isalpha()):
@@ -258,7 +253,7 @@ class HubChoice(HubQuestions):
         reply = self.reply(sample, answer.text)
         return choice.claim(answer.text, reply, sample.reference["label"], sample.reference["options"])
 
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+    def metrics(self) -> Mapping[str, Metric]:
         """Return the share of right answers, and the share of answers that chose each letter, from 0 to 1.
 
         ``accuracy`` is over the answers that could be read, ``accuracy_published`` over all.

@@ -16,8 +16,10 @@ from stethoscope.core.errors import DataError
 from stethoscope.core.json_rows import read_rows, shown
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.tasks import choice
+from stethoscope.tasks.base import Metric
+from stethoscope.tasks.counts import share
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.questions import ACCURACY, Metric, QuestionTask, label_text, question_text, share
+from stethoscope.tasks.questions import ACCURACY, QuestionTask, label_text, question_text
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, setting_path
 
 if TYPE_CHECKING:

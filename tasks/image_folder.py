@@ -114,7 +114,7 @@ class ImageFolder:
         return self.find(next(present, names[-1]), origin)
 
     def _relative(self, name: str) -> str | None:
-        """Return a path inside the folder, by its letters; None for one that leads out."""
+        """Return a path relative to the folder, by its spelling alone; None for one that leads out."""
         path = PurePosixPath(name)
         if ".." in path.parts or _DRIVE.match(name):
             return None

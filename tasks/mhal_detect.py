@@ -6,8 +6,6 @@ Gunjal, Yin and Bas, "Detecting and Preventing Hallucinations in Large Vision La
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -18,7 +16,7 @@ from stethoscope.core.types import Sample
 from stethoscope.tasks.annotations import image_id
 from stethoscope.tasks.halloc import GROUNDED, UNKNOWN_LABEL, WORD, GivenAnswers, LabelledSpan
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.questions import question_text
+from stethoscope.tasks.questions import parsed_cell, question_text
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, setting_path
 
 KEYS = ("question", "response", "annotations")
@@ -117,10 +115,10 @@ class MHalDetect(GivenAnswers):
                 kinds[index] = UNKNOWN_LABEL if index in judged and kinds[index] != kind else kind
                 judged.add(index)
         words = [word.span() for word in WORD.finditer(text)]
-        of_words = [set(kinds[start:end]) for start, end in words]
+        kinds_by_word = [set(kinds[start:end]) for start, end in words]
         return [
-            (start, end, kinds_of_word.pop() if len(kinds_of_word) == 1 else UNKNOWN_LABEL)
-            for (start, end), kinds_of_word in zip(words, of_words, strict=True)
+            (*word, own.pop() if len(own) == 1 else UNKNOWN_LABEL)
+            for word, own in zip(words, kinds_by_word, strict=True)
         ]
 
     def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
@@ -145,11 +143,7 @@ def read_segments(value: Any, answer: str, origin: str) -> list[LabelledSpan | N
     >>> read_segments([{"start": 2, "end": 4, "text": "dog", "label": "INACCURATE"}], "A dog.", "line 1")
     [(2, 5, 'hallucinated')]
     """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):  # nested too deeply
-            raise DataError(f"{origin}: annotations {shown(value)} are not JSON") from None
+    value = parsed_cell(value, f"{origin}: annotations")
     if not isinstance(value, list):
         raise DataError(f"{origin}: annotations should be a list of segments, not {shown(value)}")
     segments: list[LabelledSpan | None] = []
@@ -164,13 +158,10 @@ def read_segments(value: Any, answer: str, origin: str) -> list[LabelledSpan | N
             raise DataError(f"{location}: {shown(start)} to {shown(end)} is no span of {len(answer)} characters")
         ends = [end, end + 1]  # whichever the text says: after the last character, or the last character
         if isinstance(segment.get("text"), str):
-            ends = [stop for stop in ends if _alike(answer[start:stop], segment["text"])]
+            words = segment["text"].split()
+            ends = [stop for stop in ends if answer[start:stop].split() == words]
         if not ends:
             segments.append(None)
         elif answer[start : ends[0]].strip():
             segments.append((start, ends[0], LABELS[label]))
     return segments
-
-
-def _alike(text: str, other: str) -> bool:
-    return re.sub(r"\s+", " ", text).strip() == re.sub(r"\s+", " ", other).strip()

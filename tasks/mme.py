@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,12 +18,10 @@ from stethoscope.core.errors import DataError
 from stethoscope.core.json_rows import clipped, read_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.tasks import yes_no
-from stethoscope.tasks.annotations import with_suffix
-from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
-from stethoscope.tasks.counts import complete_sets, ratio, set_counts
+from stethoscope.tasks.base import Metric, ScoredSample, Tally, Task, Totals
+from stethoscope.tasks.counts import complete_sets, ratio, set_counts, share, total
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.pope import asked_object
-from stethoscope.tasks.questions import label_text, question_text
+from stethoscope.tasks.questions import asked_object, label_text, question_text, with_suffix
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choices, setting_path
 
 CATEGORIES = ("existence", "count", "position", "color")
@@ -187,32 +185,29 @@ class Mme(Task):
         """Name the parser."""
         return ["Replies are read by the parser 'prefix'."]
 
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+    def metrics(self) -> Mapping[str, Metric]:
         """Return accuracy and accuracy+ from 0 to 1, scores from 0 to 200 for a category."""
         return {
-            "accuracy": lambda totals: ratio(self._sum(totals, "right"), self._sum(totals, "read")),
-            "accuracy_plus": lambda totals: ratio(self._sum(totals, "images_right"), self._sum(totals, "images")),
+            "accuracy": self._share("right", "read"),
+            "accuracy_plus": self._share("images_right", "images"),
             "score": lambda totals: self._score(totals, "", "read", "images"),
             "score_published": lambda totals: self._score(totals, "", "asked", "images_asked"),
             "score_strict": lambda totals: self._score(totals, "strict_", "strict_read", "strict_images"),
         }
 
-    def _column(self, totals: Totals, category: str, name: str) -> np.ndarray:
-        nothing = np.zeros_like(next(iter(totals.values())))
-        return totals.get(f"{category} {name}", nothing)
-
-    def _sum(self, totals: Totals, name: str) -> np.ndarray:
-        return sum((self._column(totals, category, name) for category in self.categories), start=np.zeros(()))
+    def _share(self, part: str, whole: str) -> Metric:
+        """Return the metric that divides one count by another, both over all categories."""
+        parts, wholes = ([f"{category} {name}" for category in self.categories] for name in (part, whole))
+        return lambda totals: ratio(total(totals, *parts), total(totals, *wholes))
 
     def _score(self, totals: Totals, prefix: str, answers: str, images: str) -> np.ndarray:
         """Sum the scores of the categories that were asked about; NaN if one of them has nothing to score."""
         scores = []
         for category in self.categories:
-            if self._column(totals, category, "asked").any():
-                column = {name: self._column(totals, category, name) for name in (answers, images)}
-                right = self._column(totals, category, f"{prefix}right")
-                both = self._column(totals, category, f"{prefix}images_right")
-                scores.append(100 * (ratio(right, column[answers]) + ratio(both, column[images])))
+            if total(totals, f"{category} asked").any():
+                accuracy = share(f"{category} {prefix}right", f"{category} {answers}")
+                accuracy_plus = share(f"{category} {prefix}images_right", f"{category} {images}")
+                scores.append(100 * (accuracy(totals) + accuracy_plus(totals)))
         return np.sum(scores, axis=0)
 
 

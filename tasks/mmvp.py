@@ -15,8 +15,9 @@ from stethoscope.core.json_rows import shown
 from stethoscope.core.types import Answer, Mention, Sample
 from stethoscope.tasks import choice
 from stethoscope.tasks.annotations import read_table
+from stethoscope.tasks.base import Metric
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.questions import ACCURACY, Metric, QuestionTask, label_text, question_text, set_share
+from stethoscope.tasks.questions import ACCURACY, QuestionTask, label_text, question_text, set_share
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, setting_path
 
 COLUMNS = ("Index", "Question", "Options", "Correct Answer")

@@ -15,9 +15,9 @@ from stethoscope.core.json_rows import clipped, shown
 from stethoscope.core.types import Answer, Mention, Sample
 from stethoscope.tasks import choice, yes_no
 from stethoscope.tasks.annotations import TableImages, read_table
+from stethoscope.tasks.base import Metric
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.pope import asked_object
-from stethoscope.tasks.questions import ACCURACY, Metric, QuestionTask, question_text, set_share
+from stethoscope.tasks.questions import ACCURACY, QuestionTask, asked_object, question_text, set_share
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, setting_path
 
 SUFFIXES = {

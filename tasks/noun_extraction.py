@@ -57,7 +57,7 @@ def singulars(word: str) -> Iterator[str]:
             yield word[: len(word) - len(ending)] + single
 
 
-def _written(name: str) -> set[str]:
+def _forms(name: str) -> set[str]:
     """Return a name with its last word in every form that ``singulars`` leads back to it."""
     *first, last = name.split(" ")
     rules = [(plural, single) for plural, single in (*_IRREGULAR.items(), *_ENDINGS) if last.endswith(single)]
@@ -117,7 +117,7 @@ class NounExtractor:
 
     def name_forms(self) -> frozenset[str]:
         """Return the words of the vocabulary in every form that is read as one of them."""
-        return frozenset().union(*map(_written, self.vocabulary))
+        return frozenset().union(*map(_forms, self.vocabulary))
 
     @staticmethod
     def _is_noun(word: str, before: Sequence[str]) -> bool:
@@ -147,7 +147,7 @@ class Vocabulary:
 
     def name_forms(self) -> frozenset[str]:
         """Return all names in every form that is read as a name: lower-case words, joined by single blanks."""
-        return frozenset().union(*map(_written, self.names))
+        return frozenset().union(*map(_forms, self.names))
 
     def mentions(self, text: str) -> list[TextMention]:
         """Return every mention in reading order.

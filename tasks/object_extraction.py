@@ -103,11 +103,11 @@ def singular(word: str) -> str:
     return word
 
 
-def _written(word: str) -> set[str]:
+def _forms(word: str) -> set[str]:
     """Return all lower-case words of which the singular is this word."""
     rules = (*_IRREGULAR, *_ENDINGS, ("ies", "y"), ("", ""))
-    written = {word[: len(word) - len(single)] + plural for plural, single in rules if word.endswith(single)}
-    return {plural for plural in written if singular(plural) == word}
+    forms = {word[: len(word) - len(single)] + plural for plural, single in rules if word.endswith(single)}
+    return {plural for plural in forms if singular(plural) == word}
 
 
 def name_forms() -> frozenset[str]:
@@ -118,9 +118,9 @@ def name_forms() -> frozenset[str]:
     >>> sorted(form for form in name_forms() if form.startswith(("buse", "wine")))
     ['buses', 'wine glass', 'wine glasses', 'wines glass', 'wines glasses']
     """
-    words = {form for word in NAMES if " " not in word for form in _written(word)}
+    words = {form for word in NAMES if " " not in word for form in _forms(word)}
     pairs = (pair for pair, word in PAIRS.items() if word in NAMES or pair[0] in NAMES)
-    return frozenset(words | {f"{a} {b}" for first, last in pairs for a in _written(first) for b in _written(last)})
+    return frozenset(words | {f"{a} {b}" for first, last in pairs for a in _forms(first) for b in _forms(last)})
 
 
 _CHUNK = re.compile(r"\S+")

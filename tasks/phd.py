@@ -7,17 +7,16 @@ contradict common sense (ccs).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from stethoscope.core.errors import DataError
-from stethoscope.core.json_rows import clipped, read_rows, shown
+from stethoscope.core.json_rows import read_rows, shown
 from stethoscope.core.types import UNKNOWN, Sample
-from stethoscope.tasks.annotations import with_suffix
-from stethoscope.tasks.counts import recall, tnr, yes_rate
+from stethoscope.tasks.base import Metric
+from stethoscope.tasks.counts import harmonic, recall, tnr, yes_rate
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.questions import TNR_PUBLISHED, TPR_PUBLISHED, Metric, YesNoTask, balanced, question_text
+from stethoscope.tasks.questions import TNR_PUBLISHED, TPR_PUBLISHED, YesNoTask, parsed_cell, question_text, with_suffix
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, check_choices, setting_path
 from stethoscope.tasks.yes_no import PARSERS
 
@@ -80,7 +79,9 @@ class Phd(YesNoTask):
                 yield SourceRow(values, images.find_first(_file_names(row, origin), origin), origin)
 
     def _read_hub(self) -> Iterator[SourceRow]:
-        rows = self.hub.rows((*KEYS, *MORE_COLUMNS), _hub_name)
+        rows = self.hub.rows(
+            (*KEYS, *MORE_COLUMNS), lambda row: f"{'ccs' if row['ccs_description'] else 'coco'}-{row['image_id']}"
+        )
         for number, (row, image, origin) in enumerate(rows):
             if self._modes_of(row):
                 yield SourceRow({**row, "number": number}, image, origin)
@@ -124,8 +125,8 @@ class Phd(YesNoTask):
     def metrics(self) -> Mapping[str, Metric]:
         """Return the index and the two shares that it is made of, and the yes-rate, from 0 to 1."""
         return {
-            "phd_index": balanced(recall, tnr)[1],
-            "phd_index_published": balanced(TPR_PUBLISHED, TNR_PUBLISHED)[1],
+            "phd_index": harmonic(recall, tnr),
+            "phd_index_published": harmonic(TPR_PUBLISHED, TNR_PUBLISHED),
             "yes_recall": recall,
             "no_recall": tnr,
             "yes_rate": yes_rate,
@@ -133,7 +134,7 @@ class Phd(YesNoTask):
 
 
 def _file_names(row: Mapping[str, Any], origin: str) -> list[str]:
-    """Return the files in which the picture of a row may be, the first that there is counts."""
+    """Return the files in which the picture of a row may be; the first one that exists counts."""
     id_ = str(row["image_id"]).strip()
     if row.get("ccs_description"):
         return [f"CCS_images/{id_}.png"]
@@ -142,17 +143,9 @@ def _file_names(row: Mapping[str, Any], origin: str) -> list[str]:
     return [f"{part}/COCO_{part}_{id_:0>12}.jpg" for part in ("train2014", "val2014")]
 
 
-def _hub_name(row: Mapping[str, Any]) -> str:
-    return f"{'ccs' if row['ccs_description'] else 'coco'}-{row['image_id']}"
-
-
 def _context(value: Any, mode: str, origin: str) -> str:
-    """Return the context of a mode, which some copies write as JSON in a text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):  # nested too deeply
-            raise DataError(f"{origin}: context {clipped(value)} is no JSON object") from None
+    """Return the context of a mode."""
+    value = parsed_cell(value, f"{origin}: context")
     context = value.get(mode) if isinstance(value, Mapping) else None
     if not isinstance(context, str) or not context.strip():
         raise DataError(f"{origin}: context has no text for mode {mode!r}")

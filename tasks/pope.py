@@ -6,10 +6,9 @@ leaves out what is ambiguous, and on the pictures of A-OKVQA and GQA.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,11 +19,10 @@ import numpy as np
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.json_rows import clipped, read_rows
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
-from stethoscope.tasks.annotations import with_suffix
-from stethoscope.tasks.base import Task, Totals
+from stethoscope.tasks.base import Metric, Task, Totals
 from stethoscope.tasks.counts import YES_NO_METRICS, confusion
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.questions import label_text, question_text
+from stethoscope.tasks.questions import asked_object, label_text, question_text, with_suffix
 from stethoscope.tasks.sources import (
     DataSource,
     HubSource,
@@ -33,6 +31,7 @@ from stethoscope.tasks.sources import (
     check_choices,
     check_name,
     check_positive,
+    check_unused,
     scene_image,
     setting_path,
 )
@@ -41,22 +40,14 @@ from stethoscope.tasks.yes_no import PARSERS, claim
 SUBSETS = ("random", "popular", "adversarial")
 LABELS = ("pope", "repope", "both")
 REPOPE_FILE = "coco_repope_{subset}.json"
+QUESTION_KEYS = ("question_id", "image", "text", "label")
+LABEL_NAMES = {
+    "pope": "POPE's",
+    "repope": "RePOPE's",
+    "both": "POPE's, and RePOPE's for ..._repope; ..._difference is RePOPE's figure less POPE's, paired over images",
+}
 OLD_RANDOM = Counter(yes=1500, no=1410)
 """Labels of the random questions before POPE's fix of 2023: 90 of the 3,000 are missing, and all have other ids."""
-
-_ASKED = re.compile(r"\bthere (?:an?|any) (.+?)(?: in (?:the|this) \w+)?\s*\?", re.IGNORECASE)
-
-
-def asked_object(text: str) -> str:
-    """Return the object that a question asks about.
-
-    >>> asked_object("Is there a traffic light in the image?")
-    'traffic light'
-    >>> asked_object("How many?")
-    'unknown'
-    """
-    match = _ASKED.search(text)
-    return match.group(1) if match else UNKNOWN
 
 
 class CorrectedLabels:
@@ -194,20 +185,20 @@ class Pope(Task):
         if self.labels != "pope":
             corrected = CorrectedLabels(setting_path(self.repope), self.subsets)
         samples: dict[str, list[Sample]] = {}
-        lines: dict[str, str] = {}
+        origins: dict[str, str] = {}
         labels: dict[str, Counter[str]] = {}
         for row in self.data.rows():
             sample = self._sample(row)
-            if sample.id in lines:
-                repeated = clipped(row.values["question_id"])
-                raise DataError(f"{row.origin}: question_id {repeated} is used before, in {lines[sample.id]}")
-            lines[sample.id] = row.origin
+            check_unused(origins, sample.id, row.origin, f"question_id {clipped(row.values['question_id'])}")
             labels.setdefault(sample.subset, Counter())[sample.reference["label"]] += 1
             kept = sample if corrected is None else self._correct(sample, row, corrected)
             samples.setdefault(sample.subset, []).extend([kept] if kept else [])
-        if corrected is not None and not any(s.reference.get("repope", 1) for part in samples.values() for s in part):
+        asked = [sample for part in samples.values() for sample in part]
+        if self.labels == "both":
+            asked = [sample for sample in asked if sample.reference["repope"] is not None]
+        if corrected is not None and not asked:
             raise DataError(
-                f"none of the {len(lines)} questions is in {corrected.folder}; RePOPE's labels are those of POPE's "
+                f"none of the {len(origins)} questions is in {corrected.folder}; RePOPE's labels are those of POPE's "
                 "questions about COCO"
             )
         names = [self._subset_name(origin, subset) for origin in self.origins for subset in self.subsets]
@@ -308,11 +299,11 @@ class Pope(Task):
         claims = claim(answer.text, self._parse(answer.text), label or "", sample.reference["object"])
         return claims if label else tuple(replace(mention, label=-1) for mention in claims)
 
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+    def metrics(self) -> Mapping[str, Metric]:
         """Return accuracy, balanced accuracy and the other shares of the confusion matrix, from 0 to 1."""
         if self.labels != "both":
             return YES_NO_METRICS
-        metrics: dict[str, Callable[[Totals], np.ndarray]] = {}
+        metrics: dict[str, Metric] = {}
         for name, metric in YES_NO_METRICS.items():
             metrics |= {name: metric, f"{name}_repope": partial(_by_repope, metric)}
             metrics[f"{name}_difference"] = partial(_correction, metric)
@@ -335,14 +326,6 @@ class Pope(Task):
                     "question ids are others."
                 )
         return notes
-
-
-QUESTION_KEYS = ("question_id", "image", "text", "label")
-LABEL_NAMES = {
-    "pope": "POPE's",
-    "repope": "RePOPE's",
-    "both": "POPE's, and RePOPE's for ..._repope; ..._difference is RePOPE's figure less POPE's, paired over images",
-}
 
 
 def _check_origins(
@@ -368,12 +351,12 @@ def _check_origins(
     return names
 
 
-def _by_repope(metric: Callable[[Totals], np.ndarray], totals: Totals) -> np.ndarray:
+def _by_repope(metric: Metric, totals: Totals) -> np.ndarray:
     """Evaluate a metric on the counts by RePOPE's labels."""
     return metric({name.removeprefix("repope_"): total for name, total in totals.items() if name.startswith("repope_")})
 
 
-def _correction(metric: Callable[[Totals], np.ndarray], totals: Totals) -> np.ndarray:
+def _correction(metric: Metric, totals: Totals) -> np.ndarray:
     """Return by how much a metric is higher by RePOPE's labels than by POPE's."""
     return _by_repope(metric, totals) - metric(totals)
 

@@ -8,23 +8,28 @@ labelled and sets put together. Figures with the plain name are over the answers
 
 from __future__ import annotations
 
+import json
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
-
 from stethoscope.core.errors import DataError
-from stethoscope.core.json_rows import clipped, shown
-from stethoscope.core.types import Answer, Mention, Sample, Score
-from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
-from stethoscope.tasks.counts import complete_sets, confusion, ratio, set_counts
-from stethoscope.tasks.sources import DataSource, SourceRow
+from stethoscope.core.json_rows import shown
+from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
+from stethoscope.tasks.base import Metric, ScoredSample, Tally, Task
+from stethoscope.tasks.counts import complete_sets, confusion, set_counts, share
+from stethoscope.tasks.sources import DataSource, SourceRow, check_unused
 from stethoscope.tasks.yes_no import PARSERS, Reply, claim
+
+SUFFIXES = {"lmms_eval": "\nAnswer the question using a single word or phrase."}
+"""Suffixes by name: ``lmms_eval`` is that of lmms-eval's POPE and of LLaVA's own POPE file."""
 
 ALL = "all"
 """Subset of all samples together, where a task has several subsets."""
+
+_ASKED = re.compile(r"\bthere (?:an?|any) (.+?)(?: in (?:the|this) \w+)?\s*\?", re.IGNORECASE)
 
 
 class QuestionTask(Task):
@@ -57,9 +62,7 @@ class QuestionTask(Task):
         samples = []
         for row in self.data.rows():
             for sample in self.read_row(row):
-                if sample.id in origins:
-                    raise DataError(f"{row.origin}: id {clipped(sample.id)} is used before, in {origins[sample.id]}")
-                origins[sample.id] = row.origin
+                check_unused(origins, sample.id, row.origin)
                 samples.append(sample)
         if not samples:
             raise DataError(f"the source of task {self.name} holds no question")
@@ -108,10 +111,10 @@ class QuestionTask(Task):
         ]
 
     def unit(self, sample: Sample) -> Hashable:
-        """Return what names the sets of a sample, in which its answer counts with others."""
-        shared = [field for fields in self.sets.values() for field in fields]
-        shared = [field for field in dict.fromkeys(shared) if all(field in fields for fields in self.sets.values())]
-        return (self.set_key(sample, tuple(shared)) if shared else None) or sample.id
+        """Name the smallest group of samples that holds every set of this one, by the fields that all sets share."""
+        first, *others = self.sets.values() or [()]
+        shared = tuple(field for field in first if all(field in fields for fields in others))
+        return (self.set_key(sample, shared) if shared else None) or sample.id
 
     def set_key(self, sample: Sample, fields: tuple[str, ...]) -> tuple[Any, ...] | None:
         """Return what identifies the set of a sample, by fields of its reference; None where it lacks one of them."""
@@ -157,6 +160,32 @@ class YesNoTask(QuestionTask):
 # --- fields of a row --------------------------------------------------------------------------------------------------
 
 
+def with_suffix(question: str, suffix: str) -> str:
+    """Add a suffix, or the one of that name in ``SUFFIXES``, to a question.
+
+    A blank comes between words where the command line has lost it.
+
+    >>> with_suffix("Is there a dog?", "Answer yes or no."), with_suffix("Is it red?", "\\n(yes or no)")
+    ('Is there a dog? Answer yes or no.', 'Is it red?\\n(yes or no)')
+    >>> with_suffix("Is there a dog?", "lmms_eval")
+    'Is there a dog?\\nAnswer the question using a single word or phrase.'
+    """
+    suffix = SUFFIXES.get(suffix, suffix)
+    return question + (" " if suffix[:1].isalnum() else "") + suffix
+
+
+def asked_object(text: str) -> str:
+    """Return the object that a question asks about.
+
+    >>> asked_object("Is there a traffic light in the image?")
+    'traffic light'
+    >>> asked_object("How many?")
+    'unknown'
+    """
+    match = _ASKED.search(text)
+    return match.group(1) if match else UNKNOWN
+
+
 def question_text(value: Any, origin: str) -> str:
     """Return a question without blanks around it.
 
@@ -166,6 +195,20 @@ def question_text(value: Any, origin: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{origin}: {shown(value)} is no question")
     return value.strip()
+
+
+def parsed_cell(value: Any, origin: str) -> Any:
+    """Return the value of a cell, which some copies of a data set write as JSON in a text.
+
+    Raises:
+        DataError: it is a text of something else.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):  # nested too deeply
+        raise DataError(f"{origin} {shown(value)} is not JSON") from None
 
 
 def label_text(value: Any, origin: str, labels: Sequence[str] = ("yes", "no")) -> str:
@@ -187,24 +230,6 @@ def label_text(value: Any, origin: str, labels: Sequence[str] = ("yes", "no")) -
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
-Metric = Callable[[Totals], np.ndarray]
-
-
-def total(totals: Totals, *names: str) -> np.ndarray:
-    """Add up counts by name; one that no sample has is 0.
-
-    >>> total({"tp": np.array([2.0, 1.0])}, "tp", "fn").tolist()
-    [2.0, 1.0]
-    """
-    nothing = np.zeros_like(next(iter(totals.values())), dtype=float)
-    return np.sum([totals.get(name, nothing) for name in names], axis=0)
-
-
-def share(part: str, *whole: str) -> Metric:
-    """Return the metric that divides a count by a sum of others; NaN where that is 0."""
-    return lambda totals: ratio(total(totals, part), total(totals, *whole))
-
-
 ACCURACY: Mapping[str, Metric] = {
     "accuracy": share("right", "read"),
     "accuracy_published": share("right", "asked"),
@@ -219,18 +244,3 @@ def set_share(name: str) -> tuple[Metric, Metric]:
 
 TPR_PUBLISHED, TNR_PUBLISHED = share("tp", "asked_yes"), share("tn", "asked_no")
 """``counts.recall`` and ``counts.tnr`` with all answers below the line, also those that could not be read."""
-
-
-def harmonic_mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return 2 x y / (x + y) element by element, 0 where both are 0.
-
-    >>> harmonic_mean(np.array([0.5, 0.0]), np.array([1.0, 0.0])).round(3).tolist()
-    [0.667, 0.0]
-    """
-    both = np.asarray(first + second, float)
-    return np.where(both == 0, 0.0, ratio(2 * first * second, both)) + 0 * both  # NaN stays NaN
-
-
-def balanced(tpr: Metric, tnr: Metric) -> tuple[Metric, Metric]:
-    """Return the arithmetic and the harmonic mean of two rates; only the latter is 0 for a constant yes."""
-    return lambda totals: (tpr(totals) + tnr(totals)) / 2, lambda totals: harmonic_mean(tpr(totals), tnr(totals))

@@ -12,7 +12,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,6 +93,25 @@ def check_positive(**settings: int) -> None:
     if min(settings.values()) < 1:
         shown = " and ".join(f"task.{name}={value}" for name, value in settings.items())
         raise ConfigError(f"{shown} must be at least 1")
+
+
+def check_unused(origins: dict[Any, str], id_: Hashable, origin: str, shown: str = "") -> None:
+    """Check that no earlier row has this id, and record where it is used.
+
+    Args:
+        origins: of the earlier rows by id; changed in place.
+        id_: of the row.
+        origin: its file and line.
+        shown: the id in messages; ``id`` and the id by default.
+
+    Raises:
+        DataError: it is used before.
+
+    >>> check_unused({}, 7, "line 1")
+    """
+    if id_ in origins:
+        raise DataError(f"{origin}: {shown or f'id {clipped(id_)}'} is used before, in {origins[id_]}")
+    origins[id_] = origin
 
 
 def check_paths(task: str, paths: Mapping[str, tuple[str | None, str]], others: Collection[str] = ()) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from stethoscope.core.types import Mention
 
 Reply = str | None
+"""What a parser reads in an answer: ``yes``, ``no``, or None for neither."""
 
 
 def official(text: str) -> Reply:

@@ -21,7 +21,7 @@ from stethoscope.tasks import object_extraction, yes_no
 from stethoscope.tasks.counts import complete_sentences
 from stethoscope.tasks.halloc import move_spans
 from stethoscope.tasks.noun_extraction import Vocabulary
-from stethoscope.tasks.pope import asked_object
+from stethoscope.tasks.questions import asked_object
 from stethoscope.tracing.token_spans import decode_with_offsets
 
 WORDS = st.sampled_from(

@@ -124,8 +124,8 @@ def test_the_hub_gives_the_same(settings, tmp_path):
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
-        ("[{", "are not JSON"),
-        ("[" * 100_000, "are not JSON"),
+        ("[{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ({}, "should be a list of segments"),
         ([{"start": 0, "end": 2}], r"annotations\[0\]: an object with start, end and label was expected"),
         ([{"start": 0, "end": 2, "label": "INACURATE"}], "did you mean 'INACCURATE'"),

@@ -7,7 +7,8 @@ import pytest
 from helpers.by_hand import QUESTIONS, reply
 
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.tasks.pope import Pope, asked_object
+from stethoscope.tasks.pope import Pope
+from stethoscope.tasks.questions import asked_object
 
 FILES = {"source": "files", "questions": "pope", "images": "val2014"}
 

@@ -12,12 +12,12 @@ from test_sources import cache, write  # noqa: F401 (a fixture)
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.tasks import choice
 from stethoscope.tasks.beaf import Beaf
+from stethoscope.tasks.counts import harmonic_mean
 from stethoscope.tasks.dash_b import DashB
 from stethoscope.tasks.humble_bench import HumbleBench
 from stethoscope.tasks.mmvp import Mmvp
 from stethoscope.tasks.natural_bench import NaturalBench
 from stethoscope.tasks.phd import Phd
-from stethoscope.tasks.questions import harmonic_mean
 
 
 def picture(path, colour="red"):
