@@ -95,7 +95,11 @@ def _dispatch(arguments: list[str]) -> None:
     elif command in ("-V", "--version"):
         print(f"stethoscope {__version__}")
     elif command in PLAIN_COMMANDS:
-        importlib.import_module(f"stethoscope.commands.{command}").main(rest)
+        module = importlib.import_module(f"stethoscope.commands.{command}")
+        if {"-h", "--help"} & set(rest):
+            print(module.USAGE)
+        else:
+            module.main(rest)
     elif command in HYDRA_COMMANDS:
         run_hydra(command, rest)
     else:

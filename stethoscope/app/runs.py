@@ -366,7 +366,7 @@ class Runs:
         sources = [self.source(name), self.source(other)]
         with readable(f"{name} or {other}"):
             tables, remarks = compare(
-                sources, lambda source, task: saved_task(source.store, task, self._plugins, offline=True), common=True
+                sources, lambda source, task: saved_task(source.store, task, self._plugins), common=True
             )
             return table_page(f"{other} against {name}", tables, sortable=False), " ".join(map(str, remarks))
 
@@ -375,7 +375,7 @@ class Runs:
         described = json.dumps([task, source.store.fingerprints().get(task, {}).get("task")], sort_keys=True)
         samples = self._samples.get(described)
         if samples is None:
-            rebuilt = saved_task(source.store, task, self._plugins, offline=True)
+            rebuilt = saved_task(source.store, task, self._plugins)
             rebuilt.setup()
             samples = {sample.id: sample for sample in rebuilt.samples()}
             self._samples.put(described, samples)

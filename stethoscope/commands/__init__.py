@@ -11,6 +11,7 @@ HYDRA_COMMANDS = {
     "train": "fit, calibrate and judge a detector on the features of a run",
     "export": "a finished run for Every Eval Ever, the hub or inspect's viewer, or as a data set",
 }
+"""Commands with a configuration of Hydra, ``conf/<command>.yaml``; each module has a ``run(config)``."""
 PLAIN_COMMANDS = {
     "judge": "captions of any model: the probability that each object they name is invented, from the text alone",
     "report": "what a finished run has found: one page, Markdown and LaTeX tables",
@@ -18,3 +19,4 @@ PLAIN_COMMANDS = {
     "list": "what there is to choose from: models, tasks, features, detectors, ...",
     "doctor": "check this machine and say what is missing, or what a model needs (model=...)",
 }
+"""Commands that read their own arguments; each module has a ``main(arguments)``, and its help in ``USAGE``."""

@@ -304,6 +304,18 @@ def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tu
     return runs, settings
 
 
+def true_or_false(settings: Mapping[str, str], key: str) -> bool:
+    """Read a setting of ``parse`` that is true or false.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    text = settings[key].lower()
+    if text not in ("true", "false"):
+        raise ConfigError(f"{key}={settings[key]} should be true or false")
+    return text == "true"
+
+
 def picture_loader(store: RunStore, plugins: Sequence[str], missing: str) -> Callable[[Record], Image | None]:
     """Return a loader of the pictures of a run's samples from their source.
 
@@ -316,7 +328,7 @@ def picture_loader(store: RunStore, plugins: Sequence[str], missing: str) -> Cal
     @cache
     def samples(name: str) -> dict[str, Sample]:
         try:
-            task = saved_task(store, name, plugins, offline=True)
+            task = saved_task(store, name, plugins)
             task.setup()
         except (StethoscopeError, ImportError) as error:
             print(f"note: {missing}: {error}", file=sys.stderr)

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stethoscope.commands.common import parse
+from stethoscope.commands.common import parse, true_or_false
 from stethoscope.core.component import package_names
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.report.tables import render_tables
+from stethoscope.core.files import writing_out
+from stethoscope.report.tables import FORMATS, render_tables
 from stethoscope.storage.reuse import local_run
 from stethoscope.storage.run_dir import saved_task
 
@@ -35,24 +36,18 @@ plugins: your own packages, if the task of the runs is one of theirs.
   stethoscope compare runs/a runs/b format=latex out=paper/compare.tex"""
 
 SETTINGS = {"format": "text", "out": "", "common": "false", "plugins": ""}
-FORMATS = ("text", "markdown", "latex", "html")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print or write the tables of a comparison; remarks go to stderr."""
-    if any(word in ("-h", "--help") for word in arguments):
-        print(USAGE)
-        return
     from stethoscope.report.compare import compare
     from stethoscope.report.run_report import table_page
     from stethoscope.report.run_source import RunReader, readable
 
     words, settings = parse("compare", arguments, SETTINGS)
-    if settings["format"] not in FORMATS:
+    if settings["format"] not in FORMATS:  # before the runs are read
         raise ConfigError(unknown("format", settings["format"], FORMATS))
-    common = settings["common"].lower()
-    if common not in ("true", "false"):
-        raise ConfigError(f"common={settings['common']} should be true or false")
+    common = true_or_false(settings, "common")
     folders = list(dict.fromkeys(folder for word in words for folder in _run_folders(local_run(word))))
     if len(folders) < 2:
         given = f"; {folders[0]} is one" if folders else ""
@@ -62,19 +57,17 @@ def main(arguments: Sequence[str]) -> None:
     with readable(" or ".join(map(str, folders[:4]))):
         tables, remarks = compare(
             sources,
-            lambda source, task: saved_task(source.store, task, plugins, offline=True),
-            common == "true",
+            lambda source, task: saved_task(source.store, task, plugins),
+            common,
         )
         if settings["format"] == "html":
             text = table_page(" and ".join(source.name for source in sources[:4]), tables)
         else:
             text = render_tables(tables, settings["format"])
     if settings["out"]:
-        try:
+        with writing_out(settings["out"]):
             Path(settings["out"]).parent.mkdir(parents=True, exist_ok=True)
             Path(settings["out"]).write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise ConfigError(f"out={settings['out']} cannot be written to: {error}") from None
         print(settings["out"])
     else:
         print(text, end="")

@@ -14,7 +14,7 @@ from stethoscope.adapters.base import Adapter, check_history
 from stethoscope.commands.common import build_generation, require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.core.files import atomic_write, read_json, write_json
+from stethoscope.core.files import atomic_write, read_json, write_json, writing_out
 from stethoscope.core.text import console, counted, percent, visible
 from stethoscope.core.types import ImageRef
 from stethoscope.diagnosis import diagnose
@@ -272,7 +272,7 @@ def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
         ConfigError: the folder cannot be written to.
     """
     maps = folder / HEAT_MAPS
-    try:
+    with writing_out(folder):
         maps.mkdir(parents=True, exist_ok=True)
         for old in maps.glob("token-*.png"):  # of an earlier diagnosis
             old.unlink()
@@ -286,6 +286,4 @@ def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
                 path = maps / f"token-{token:03d}-{name}.png"
                 diagnosis.picture(token).save(path)
                 written.append(path)
-    except OSError as error:
-        raise ConfigError(f"out={folder} cannot be written to: {error.strerror or error}") from None
     return written

@@ -50,9 +50,6 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: a check failed.
     """
-    if any(word in ("-h", "--help") for word in arguments):
-        print(USAGE)
-        return
     if arguments:
         check_model(arguments)
         return

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from stethoscope.commands.common import parse
+from stethoscope.commands.common import parse, true_or_false
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.files import plain_json, replacing
 from stethoscope.core.json_rows import check_line
@@ -54,20 +54,16 @@ EVERY = 30.0  # seconds between plain lines where the output is no terminal
 
 def main(arguments: Sequence[str]) -> None:
     """Judge the captions of one file and write them to another."""
-    if any(word in ("-h", "--help") for word in arguments):
-        print(USAGE)
-        return
     files, settings = parse("judge", arguments, SETTINGS)
     if len(files) != 1:
         raise ConfigError(f"stethoscope judge takes one file of captions, not {len(files)}; `--help` explains its form")
-    if settings["overwrite"].lower() not in ("true", "false"):
-        raise ConfigError(f"overwrite={settings['overwrite']} should be true or false")
+    overwrite = true_or_false(settings, "overwrite")
     source, target = Path(files[0]), Path(settings["out"])
     if not settings["out"]:
         raise ConfigError("out must be given: add the file to write, as in out=judged.jsonl")
     if not source.is_file():
         raise DataError(f"{source} is {'no regular file' if source.exists() else 'missing'}; name a file of JSON lines")
-    check_target(source, target, settings["overwrite"].lower() == "true")
+    check_target(source, target, overwrite)
     from stethoscope.detection.text_only import TextOnlyDetector
 
     detector = TextOnlyDetector.load(settings["detector"] or None)

@@ -23,9 +23,6 @@ plugins: your own packages, whose features are listed too."""
 
 def main(arguments: Sequence[str]) -> None:
     """Print the choices of configuration groups, all of them or those named."""
-    if any(word in ("-h", "--help") for word in arguments):
-        print(USAGE)
-        return
     given = [word for word in arguments if word.startswith("plugins=")]
     import_plugins([name for word in given for name in package_names(word.partition("=")[2])])
     arguments = [word for word in arguments if word not in given]

@@ -177,8 +177,6 @@ def check(config: DictConfig, adapter: Adapter, chair: Task, runs: Sequence[Meth
 
     require_model(adapter, "mitigate")
     stops(config)
-    if not isinstance(config.judged, bool):
-        raise ConfigError(f"judged={config.judged} should be true or false")
     if config.answers.file is not None:
         raise ConfigError(
             f"answers.file={config.answers.file} gives the answers, but mitigate changes how they are written"

@@ -423,6 +423,6 @@ def check_values(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"answers={given} names no setting: a log is answers.file={given}, a folder of runs answers.runs"
         )
-    for key in ("ablation", "published", "share"):
+    for key in ("ablation", "judged", "published", "share"):
         if not isinstance(config.get(key, False), bool):
             raise ConfigError(f"{key}={config[key]} should be true or false")

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stethoscope.commands.common import parse, picture_loader
+from stethoscope.commands.common import parse, picture_loader, true_or_false
 from stethoscope.core.component import import_plugins, package_names
 from stethoscope.core.errors import ConfigError
-from stethoscope.core.files import atomic_write
+from stethoscope.core.files import atomic_write, writing_out
 from stethoscope.storage.reuse import is_address, local_run
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
@@ -36,9 +36,6 @@ SETTINGS = {"out": "", "cases": "6", "pictures": "true", "plugins": ""}
 
 def main(arguments: Sequence[str]) -> None:
     """Write the report of one run and print its files."""
-    if any(word in ("-h", "--help") for word in arguments):
-        print(USAGE)
-        return
     from stethoscope.report.run_report import collect_report
     from stethoscope.report.run_source import RunReader, readable
 
@@ -47,26 +44,22 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"stethoscope report takes one run, not {len(runs)}; `stethoscope compare` takes several")
     if not settings["cases"].isdecimal():
         raise ConfigError(f"cases={settings['cases']} should be a number, 0 or more")
-    settings["pictures"] = settings["pictures"].lower()
-    if settings["pictures"] not in ("true", "false"):
-        raise ConfigError(f"pictures={settings['pictures']} should be true or false")
+    with_pictures = true_or_false(settings, "pictures")
     if is_address(runs[0]) and not settings["out"]:
         raise ConfigError(f"the report of {runs[0]} needs a folder of this machine: out=FOLDER")
     source = RunReader.read(local_run(runs[0]))
     plugins = package_names(settings["plugins"])
     import_plugins(plugins)
     missing = "the gallery has no pictures"
-    picture = picture_loader(source.store, plugins, missing) if settings["pictures"] == "true" else None
+    picture = picture_loader(source.store, plugins, missing) if with_pictures else None
     with readable(source.folder):
         report = collect_report(source, int(settings["cases"]), picture)
         written = {"report.html": report.html(), "report.md": report.markdown(), "report.tex": report.latex()}
     folder = Path(settings["out"]) if settings["out"] else source.folder
-    try:
+    with writing_out(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in written.items():
             atomic_write(folder / name, text)
-    except OSError as error:
-        raise ConfigError(f"out={folder} cannot be written to: {error}") from None
     if source.no_detector():
         print(f"note: {source.no_detector()}", file=sys.stderr)
     print("\n".join(str(folder / name) for name in written))

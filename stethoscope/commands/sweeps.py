@@ -197,7 +197,7 @@ def _task_of(plugins: Collection[str], source: Any, name: str) -> Any:
     """Make a task of a run again, without the network; ``plugins`` are those that the jobs were started with."""
     from stethoscope.storage.run_dir import saved_task
 
-    return saved_task(source.store, name, sorted(plugins), offline=True)
+    return saved_task(source.store, name, sorted(plugins))
 
 
 def _loggers_of(config: DictConfig) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stethoscope.core.errors import ArtefactError, wrong_type
+from stethoscope.core.errors import ArtefactError, ConfigError, wrong_type
 
 LARGEST_JSON, LARGEST_YAML = 2**28, 2**20
 """Largest files (bytes) that are read at once; a run's largest, the detector's metrics, has some 100 kB."""
@@ -51,6 +51,19 @@ def as_path(path: object, name: str) -> Path:
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing_out(out: str | os.PathLike) -> Iterator[None]:
+    """Turn errors of the disk within the block into one line about ``out``, the setting that says where to write.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written to: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from stethoscope.detection.detector_results import read_interval
 from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.metrics.bootstrap import Interval, Resamples, count_replicates, group_weights
 from stethoscope.report.metrics_tables import RANKING, TITLES, metric_title, primary, shown_rows, task_title
-from stethoscope.report.run_source import CONFIG_REMEDY, RunReader
+from stethoscope.report.run_source import RunReader
 from stethoscope.report.tables import Cell, PairedDifference, Table
 from stethoscope.storage.records import FAILED, Record
+from stethoscope.storage.run_dir import REMEDIES
 from stethoscope.storage.run_fingerprint import differences
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def is_seed(key: str) -> bool:
 
 def _read_overrides(source: RunReader) -> list[str]:
     """Read the command-line overrides that the run was started with, except its name."""
-    overrides = read_yaml(source.folder / "overrides.yaml", CONFIG_REMEDY, kind=list, default=[])
+    file = source.folder / "overrides.yaml"
+    overrides = read_yaml(file, REMEDIES[file.name], kind=list, default=[])
     return [str(override) for override in overrides if not str(override).startswith("name=")]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +72,17 @@ def write_every_eval_ever(run: RunExport, folder: Path) -> list[Path]:
 
 def aggregate_file(run: RunExport, results: TaskResults, evaluation_id: str) -> dict[str, Any]:
     """Return the aggregate of one task: where its figures come from, and each with its interval."""
-    model, adapter = run.model(results.task), run.fingerprint(results.task).get("adapter") or {}
+    model, adapter = run.model(results.task), run.fingerprint(results.task, "adapter")
     log = run.log(results.task)
     facts = {} if log else {key: str(adapter[key]) for key in ("dtype", "quantize", "weights") if adapter.get(key)}
-    engine = {"name": str(log.get("engine") or "unknown"), "version": "unknown"}
-    figures_file = run.source.folder / "metrics.json"
-    finished = datetime.fromtimestamp(figures_file.stat().st_mtime, UTC)
     versions = run.packages
+    engine = {"name": "transformers", "version": versions.get("transformers", "unknown")}
+    if log:
+        engine = {"name": str(log.get("engine") or "unknown"), "version": "unknown"}
     return {
         "schema_version": SCHEMA_VERSION,
         "evaluation_id": evaluation_id,
-        "evaluation_timestamp": finished.isoformat(timespec="seconds"),
+        "evaluation_timestamp": run.finished.isoformat(timespec="seconds"),
         "retrieved_timestamp": str(int(run.settings.time)),
         "source_metadata": {
             "source_name": "LVLM-Stethoscope",
@@ -101,9 +100,7 @@ def aggregate_file(run: RunExport, results: TaskResults, evaluation_id: str) -> 
             "name": model.name,
             "id": model.id,
             "developer": model.owner,
-            "inference_engine": engine
-            if log
-            else {"name": "transformers", "version": versions.get("transformers", "unknown")},
+            "inference_engine": engine,
             "additional_details": {
                 "deployment_type": "unknown" if log else "self_deployed",
                 "model_availability": "open_weights" if model.on_hub else "unknown",
@@ -181,7 +178,7 @@ def source_data(run: RunExport, results: TaskResults, samples: Any) -> dict[str,
 
 def generation_config(run: RunExport, task: str) -> dict[str, Any]:
     """Return the settings of decoding and the prompt."""
-    chosen, adapter = run.generation(task), run.fingerprint(task).get("adapter") or {}
+    chosen, adapter = run.generation(task), run.fingerprint(task, "adapter")
     if not chosen:  # decoded by another engine, which has not said how
         return {"additional_details": {"answers": "given, from a log"}}
     arguments: dict[str, Any] = {"temperature": 0.0}
@@ -274,7 +271,7 @@ def metadata(record: Record, warnings: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _settings(run: RunExport, task: str) -> dict[str, Any]:
-    return clean((run.fingerprint(task).get("task") or {}).get("settings") or {})
+    return clean(run.fingerprint(task, "task").get("settings") or {})
 
 
 def _bounds(row: MetricRow) -> tuple[float | str, float | str, str]:

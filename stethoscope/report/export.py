@@ -11,15 +11,16 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
-from stethoscope.core.files import jsonable, read_json, read_yaml
+from stethoscope.core.files import jsonable, read_json, writing_out
 from stethoscope.core.text import hide_paths, redact, redact_text
 from stethoscope.core.types import Answer
-from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia
+from stethoscope.storage.run_dir import REMEDIES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,32 +129,28 @@ class RunExport:
     settings: ExportSettings = ExportSettings()
     picture: Callable[[Record], Image | None] = field(default=lambda record: None, repr=False)
 
-    def fingerprint(self, task: str) -> dict[str, Any]:
-        """Return what identifies the answers of a task: ``adapter``, ``task``, ``generation``."""
-        return self._fingerprints[task]
+    @cached_property
+    def finished(self) -> datetime:
+        """Time at which the figures were written, in UTC."""
+        return datetime.fromtimestamp((self.source.folder / "metrics.json").stat().st_mtime, UTC)
+
+    def fingerprint(self, task: str, part: str) -> dict[str, Any]:
+        """Return ``adapter``, ``task`` or ``generation`` of what identifies a task's answers; empty without it."""
+        return self._fingerprints[task].get(part) or {}
 
     @cached_property
     def _fingerprints(self) -> dict[str, Any]:
         return redact(self.source.store.fingerprints())
 
-    @cached_property
-    def _model_name(self) -> str:
-        return self.source.model
-
-    @cached_property
-    def _config(self) -> list[Any]:
-        remedy = "delete it; the command that made the run writes it again"
-        return list(read_yaml(self.source.folder / "config.yaml", remedy, default={}).values())
-
     def log(self, task: str) -> dict[str, Any]:
         """Return what is known of the log that the answers of a task come from; empty where the model wrote them."""
-        return self.fingerprint(task).get("answers") or {}
+        return self.fingerprint(task, "answers")
 
     def generation(self, task: str) -> dict[str, Any]:
         """Return the settings of decoding, with the longest answer that was applied; none for answers of a log."""
         if self.log(task):
             return {}
-        chosen = self.fingerprint(task).get("generation") or {}
+        chosen = self.fingerprint(task, "generation")
         applied = chosen.get("applied") or {}
         longest = chosen.get("max_new_tokens") or applied.get("max_new_tokens")
         return {**{key: value for key, value in chosen.items() if key != "applied"}, "max_new_tokens": longest}
@@ -163,13 +160,13 @@ class RunExport:
 
         A folder is named by its last part.
         """
-        described = self.log(task) or self.fingerprint(task).get("adapter") or {}
+        described = self.log(task) or self.fingerprint(task, "adapter")
         known = str(described.get("model" if self.log(task) else "model_id") or "")
         revision = str(described.get("revision") or "")
         if _HUB_ID.fullmatch(known) and not known.startswith("local/"):
             owner, _, name = known.partition("/")
             return ModelName(known, owner, name, True, revision)
-        name = known or "unknown" if self.log(task) else self._model_name
+        name = known or "unknown" if self.log(task) else self.source.model
         plain = re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2]).strip(".-") or "unknown"
         return ModelName(f"local/{plain}", "local", plain, False, revision)
 
@@ -178,8 +175,8 @@ class RunExport:
 
         ``settings.dataset`` names it where the task read files.
         """
-        described = self.fingerprint(task).get("task") or {}
-        configured = (node for node in self._config if isinstance(node, dict))
+        described = self.fingerprint(task, "task")
+        configured = (node for node in self.source.config.values() if isinstance(node, dict))
         node: dict[str, Any] = next((n for n in configured if n.get("_target_") == described.get("class")), {})
         dataset, split = str(node.get("dataset") or ""), str(node.get("split") or "")
         if self.settings.dataset:
@@ -190,18 +187,18 @@ class RunExport:
 
     def parser(self, task: str) -> str:
         """Name the rule by which replies of a task are read; empty where it has none to choose."""
-        return str(((self.fingerprint(task).get("task") or {}).get("settings") or {}).get("parser") or "")
+        return str((self.fingerprint(task, "task").get("settings") or {}).get("parser") or "")
 
     def labeller(self, task: str) -> str:
         """Return name and version of a task, such as ``chair/1``."""
-        described = self.fingerprint(task).get("task") or {}
+        described = self.fingerprint(task, "task")
         return f"{described.get('name', task)}/{described.get('version', '?')}"
 
     @cached_property
     def packages(self) -> dict[str, str]:
         """Versions of the packages that the run was made with."""
-        remedy = "delete it; the command that made the run writes it again"
-        versions = read_json(self.source.folder / "environment.json", remedy, default={}).get("packages") or {}
+        file = self.source.folder / "environment.json"
+        versions = read_json(file, REMEDIES[file.name], default={}).get("packages") or {}
         return {str(name): str(number) for name, number in versions.items() if number}
 
     def records(self, task: str) -> Iterator[Record]:
@@ -235,25 +232,20 @@ class RunExport:
             by_sample.setdefault(str(row["sample_id"]), []).append({str(key): row[key] for key in kept})
         return by_sample
 
-    @cached_property
-    def _heatmap_file(self) -> HeatmapFile:
-        return HeatmapFile(self.source.folder)
-
-    def media(self, record: Record) -> SavedMedia | None:
-        """Read the picture and heat maps that the run has stored of a sample; None if it stored nothing."""
-        return self._heatmap_file.find(record)
+    def record_picture(self, record: Record) -> Image | None:
+        """Read the picture of a record, or else the run's small copy of it; None without one, or if none is wanted."""
+        if not self.settings.pictures:
+            return None
+        picture = self.picture(record)
+        if picture is None and (media := self.source.saved_media(record)) is not None:
+            picture = media.picture
+        return picture
 
     def data_uri(self, record: Record) -> str:
         """Return the picture of a record as a data URI; empty where there is none, or none that is small enough."""
-        limit = self.settings.pictures
-        if not limit:
-            return ""
-        image = self.picture(record)
+        limit, image = self.settings.pictures, self.record_picture(record)
         if image is None:
-            media = self.media(record)
-            if media is None or media.picture is None:
-                return ""
-            image = media.picture
+            return ""
         for kind, options in (("png", {}), ("jpeg", {"quality": 90}), ("jpeg", {"quality": 60})):
             buffer = io.BytesIO()
             image.save(buffer, kind.upper(), **options)
@@ -264,7 +256,7 @@ class RunExport:
     def identifier(self, task: str, purpose: str) -> str:
         """Return a UUID (version 4 in form) that is the same for the same answers of the same model."""
         digest = hashlib.sha256(f"{purpose}\n{task}\n".encode())
-        digest.update(json.dumps(self.fingerprint(task), sort_keys=True).encode())
+        digest.update(json.dumps(self._fingerprints[task], sort_keys=True).encode())
         for record in self.source.store.records(task):
             digest.update(
                 f"{record.sample_id}\0{record.answer.text if record.answer else ''}\0".encode(errors="replace")
@@ -378,8 +370,6 @@ def export(run: RunExport, target: str, folder: Path) -> list[Path]:
     if not run.tasks:
         raise ArtefactError(f"{run.source.folder} has no task to export")
     module = importlib.import_module(f"stethoscope.report.{_MODULES[target]}")
-    try:
+    with writing_out(folder):
         folder.mkdir(parents=True, exist_ok=True)
         return getattr(module, f"write_{target}")(run, folder)
-    except OSError as error:
-        raise ConfigError(f"out={folder} cannot be written to: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +66,6 @@ def hub_entries(run: RunExport, results: TaskResults) -> list[Any]:
         raise ConfigError(
             f"the questions of {results.task} are of no data set on the hub; dataset=owner/name says of which they are"
         )
-    finished = datetime.fromtimestamp((run.source.folder / "metrics.json").stat().st_mtime, UTC)
     parser = run.parser(results.task)
     entries = []
     for row in results.metrics:
@@ -84,7 +82,7 @@ def hub_entries(run: RunExport, results: TaskResults) -> list[Any]:
                 task_id=results.task if row.subset == "all" else f"{results.task}_{row.subset}",
                 value=interval["value"],
                 dataset_revision=dataset[2] or None,
-                date=finished.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                date=run.finished.strftime("%Y-%m-%dT%H:%M:%SZ"),
                 source_url=run.settings.url,
                 source_name="LVLM-Stethoscope" if run.settings.url else None,
                 notes=notes + (f", parser {parser}" if parser else ""),
@@ -326,7 +324,7 @@ def write_custom_generate(run: RunExport, folder: Path) -> list[Path]:
     from stethoscope.mitigation.custom_generate import write_generate_folder
     from stethoscope.mitigation.decoding import NoImageContrast, NoiseContrast
 
-    section = (run.fingerprint(run.tasks[0].task).get("generation") or {}).get("mitigation") or {}
+    section = run.fingerprint(run.tasks[0].task, "generation").get("mitigation") or {}
     methods = {method.name: method for method in (NoImageContrast, NoiseContrast)}
     if section.get("name") not in methods:
         raise ConfigError(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from stethoscope import __version__
 from stethoscope.core.files import replacing
+from stethoscope.core.types import Answer
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import REPLICATES
 from stethoscope.report.export import LIBRARY, Judged, RunExport, dumps, judged_mentions, outcome_of, reference_texts
@@ -30,11 +30,10 @@ def write_inspect(run: RunExport, folder: Path) -> list[Path]:
 
 
 def _write_log(run: RunExport, results: TaskResults, folder: Path) -> Path:
-    finished = datetime.fromtimestamp((run.source.folder / "metrics.json").stat().st_mtime, UTC)
     identifier = run.identifier(results.task, "inspect")
     model = run.model(results.task)
     plain = re.sub(r"[^\w.-]+", "-", f"{results.task}_{model.name}")
-    path = folder / f"{finished:%Y-%m-%dT%H-%M-%S}_{plain}_{identifier[:8]}.eval"
+    path = folder / f"{run.finished:%Y-%m-%dT%H-%M-%S}_{plain}_{identifier[:8]}.eval"
     warnings = run.warnings(results.task)
     metrics = list(dict.fromkeys(row.metric for row in results.metrics))
     summaries, ids = [], []
@@ -45,23 +44,20 @@ def _write_log(run: RunExport, results: TaskResults, folder: Path) -> Path:
             summaries.append(summary(sample))
             ids.append(record.sample_id)
         archive.writestr("summaries.json", dumps(summaries))
-        archive.writestr("header.json", dumps(header(run, results, finished, identifier, ids)))
+        archive.writestr("header.json", dumps(header(run, results, identifier, ids)))
     return path
 
 
-def header(run: RunExport, results: TaskResults, finished: datetime, identifier: str, ids: list[str]) -> dict[str, Any]:
+def header(run: RunExport, results: TaskResults, identifier: str, ids: list[str]) -> dict[str, Any]:
     """Return what was evaluated, and a score for each subset, with the intervals of its metrics beside them."""
     task, model, chosen = results.task, run.model(results.task), run.generation(results.task)
-    dataset, adapter = run.hub_dataset(results.task), run.fingerprint(results.task).get("adapter") or {}
-    described = run.fingerprint(task).get("task") or {}
+    dataset, adapter, described = run.hub_dataset(task), run.fingerprint(task, "adapter"), run.fingerprint(task, "task")
     config = {"max_tokens": chosen.get("max_new_tokens"), "temperature": 0.0} if chosen else {}
     if chosen.get("do_sample"):
         config |= {key: chosen.get(key) for key in ("temperature", "top_p", "seed")}
-    time = finished.isoformat(timespec="seconds")
+    time = run.finished.isoformat(timespec="seconds")
     evaluation = {
-        "eval_id": identifier.replace("-", "")[:22],
-        "run_id": identifier.replace("-", "")[:22],
-        "task_id": identifier.replace("-", "")[:22],
+        **dict.fromkeys(("eval_id", "run_id", "task_id"), identifier.replace("-", "")[:22]),
         "created": time,
         "task": task,
         "task_version": str(described.get("version", 0)),
@@ -151,7 +147,7 @@ def sample_file(
     if record.answer is not None:
         message = {"role": "assistant", "content": record.answer.text, "source": "generate", "model": model}
         stop = "stop" if record.answer.finished else "max_tokens"
-        choice = {"message": message, "stop_reason": stop, "logprobs": {"content": _logprobs(record)}}
+        choice = {"message": message, "stop_reason": stop, "logprobs": {"content": _logprobs(record.answer)}}
         sample["messages"] = [user, message]
         sample["output"] |= {"choices": [choice], "completion": record.answer.text}
         sample["output"]["metadata"] = {"token_ids": list(record.answer.token_ids)}
@@ -160,10 +156,8 @@ def sample_file(
     return sample
 
 
-def _logprobs(record: Record) -> list[dict[str, Any]]:
+def _logprobs(answer: Answer) -> list[dict[str, Any]]:
     """Return text, bytes and log-probability of every token of an answer."""
-    answer = record.answer
-    assert answer is not None, "called for answered samples only"
     return [
         {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}
         for text, value in zip(answer.tokens, answer.logprobs, strict=True)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -101,7 +101,7 @@ def plot_curves(
         reference: (2,) y at x = 0 and at x = 1 of a dashed line.
         note: how to read the plot.
     """
-    with _drawing(title, SIZE) as (figure, axes, finish):
+    with _drawing(SIZE) as (figure, axes):
         _unit_square(axes, *labels)
         axes.plot([0, 1], reference, **_DASHED)
         for index in reversed(range(len(curves))):
@@ -112,29 +112,29 @@ def plot_curves(
             for curve in curves
             for x, y in _spread(curve)
         ]
-        return finish(figure, tuple(curve.name for curve in curves), note, hints)
+        return _plot(title, figure, hints, note, tuple(curve.name for curve in curves))
 
 
 def plot_reliability(bins: Sequence[Bin], note: str = "") -> Plot:
     """Plot the share of hallucinated mentions by probability, with columns for the number of mentions."""
     title = "reliability"
-    with _drawing(title, SIZE) as (figure, axes, finish):
+    with _drawing(SIZE) as (figure, axes):
         _unit_square(axes, "probability that the detector gives", "share that is hallucinated")
         edges = [float(part.name[:3]) for part in bins]
         _columns(axes, bins, edges, 0.1)
         axes.plot([0, 1], [0, 1], **_DASHED)
         _intervals(axes, bins)
-        return finish(figure, (), note, _hints_of(bins, "share"))
+        return _plot(title, figure, _hints_of(bins, "share"), note)
 
 
 def plot_positions(bins: Sequence[Bin], note: str = "") -> Plot:
     """Plot the AUROC by token position, with columns for the number of mentions."""
     title = "AUROC by token position"
     intervals = [part.interval for part in bins if part.interval is not None]
-    low = min([0.5, *(bound for part in intervals for bound in (part.low, part.value))])  # NaN is never below
-    with _drawing(title, SIZE) as (figure, axes, finish):
+    with _drawing(SIZE) as (figure, axes):
         axes.set(xlabel="token position in the answer", ylabel="AUROC")
-        axes.set(xlim=(-0.5, len(bins) - 0.5), ylim=(0.5 if low >= 0.5 else 0.0, 1.0))
+        bounds = [bound for part in intervals for bound in (part.low, part.value)]
+        axes.set(xlim=(-0.5, len(bins) - 0.5), ylim=_auroc_limits(bounds))
         labelled = bins if len(bins) <= 7 else bins[::2]  # every other label, or they would touch
         names = [f"{part.name}\n{part.hallucinated}/{part.mentions}" for part in labelled]
         axes.set_xticks([part.x for part in labelled], names)
@@ -142,7 +142,7 @@ def plot_positions(bins: Sequence[Bin], note: str = "") -> Plot:
         _columns(axes, bins, [part.x - 0.5 for part in bins], 1.0)
         axes.plot([-0.5, len(bins) - 0.5], [0.5, 0.5], **_DASHED)
         _intervals(axes, bins)
-        return finish(figure, (), note, _hints_of(bins, "AUROC"))
+        return _plot(title, figure, _hints_of(bins, "AUROC"), note)
 
 
 def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note: str = "") -> Plot:
@@ -154,16 +154,16 @@ def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note
         bars: names and values.
         note: how to read the plot.
     """
-    with _drawing(title, (SIZE[0], 60 + 24 * len(bars))) as (figure, axes, finish):
+    with _drawing((SIZE[0], 60 + 24 * len(bars))) as (figure, axes):
         axes.barh(
             range(len(bars)), [bar.value for _, bar in bars], height=0.6, color=COLOURS["s0"], zorder=2, gid="bars"
         )
         for index, (_, bar) in enumerate(bars):
-            if np.isfinite([bar.low, bar.high]).all():
+            if bar.has_bounds:
                 axes.plot(
                     [bar.low, bar.high], [index, index], color=COLOURS["ink"], linewidth=1.2, marker="|", zorder=3
                 )
-        return finish(figure, (), note, _named_rows(axes, label, bars))
+        return _plot(title, figure, _named_rows(axes, label, bars), note)
 
 
 def plot_forest(title: str, label: str, rows: Sequence[tuple[str, PairedDifference]], note: str = "") -> Plot:
@@ -176,14 +176,14 @@ def plot_forest(title: str, label: str, rows: Sequence[tuple[str, PairedDifferen
         note: how to read the plot.
     """
     shown = [(name, row.interval) for name, row in rows if np.isfinite(row.interval.value)]
-    with _drawing(title, (SIZE[0] + 60, 70 + 24 * len(shown))) as (figure, axes, finish):
+    with _drawing((SIZE[0] + 60, 70 + 24 * len(shown))) as (figure, axes):
         axes.axvline(0, **_DASHED)
         for index, (_, interval) in enumerate(shown):
             colour = COLOURS["s0"] if interval.low > 0 or interval.high < 0 else COLOURS["soft"]
-            if np.isfinite([interval.low, interval.high]).all():
+            if interval.has_bounds:
                 axes.plot([interval.low, interval.high], [index, index], color=colour, linewidth=1.6, gid="interval")
             axes.plot([interval.value], [index], marker="o", markersize=7, color=colour, gid=f"point-{index}")
-        return finish(figure, (), note, _named_rows(axes, label, shown))
+        return _plot(title, figure, _named_rows(axes, label, shown), note)
 
 
 def plot_costs(points: Sequence[tuple[str, str, Interval]], costs: Sequence[str], note: str = "") -> Plot:
@@ -197,9 +197,10 @@ def plot_costs(points: Sequence[tuple[str, str, Interval]], costs: Sequence[str]
     title = "AUROC against cost"
     shown = [point for point in points if np.isfinite(point[2].value)]
     used = [cost for cost in costs if any(point[1] == cost for point in shown)]
-    low = min([0.5, *(interval.value for *_, interval in shown)])
-    with _drawing(title, (SIZE[0] + 120, SIZE[1] + 20)) as (figure, axes, finish):
-        axes.set(ylabel="AUROC", xlim=(-0.5, len(used) - 0.5), ylim=(0.5 if low >= 0.5 else 0.0, 1.0))
+    with _drawing((SIZE[0] + 120, SIZE[1] + 20)) as (figure, axes):
+        axes.set(
+            ylabel="AUROC", xlim=(-0.5, len(used) - 0.5), ylim=_auroc_limits([interval.value for *_, interval in shown])
+        )
         axes.set_xticks(range(len(used)), used)
         axes.grid(axis="y")
         hints = []
@@ -207,13 +208,13 @@ def plot_costs(points: Sequence[tuple[str, str, Interval]], costs: Sequence[str]
             beside = [point for point in shown if point[1] == cost]
             shift = 0.0 if len(beside) == 1 else 0.6 * beside.index(shown[index]) / (len(beside) - 1) - 0.3
             x, colour = used.index(cost) + shift, COLOURS["s1" if index else "s0"]
-            if np.isfinite([interval.low, interval.high]).all():
+            if interval.has_bounds:
                 axes.plot([x, x], [interval.low, interval.high], color=colour, linewidth=1.4)
             axes.plot(
                 [x], [interval.value], marker="o", markersize=7 if index else 10, color=colour, gid=f"point-{index}"
             )
             hints.append(Hint(x, interval.value, f"{name}, {cost}: {interval}"))
-        return finish(figure, (), note, hints)
+        return _plot(title, figure, hints, note)
 
 
 def plot_frontier(
@@ -237,7 +238,7 @@ def plot_frontier(
         "xlim": (0, 1.15 * corners[:, 0].max(initial=0.05)),
         "ylim": (0, min(1.0, 1.15 * corners[:, 1].max(initial=0.05))),
     }
-    with _drawing(title, (SIZE[0] + 120, SIZE[1] + 80)) as (figure, axes, finish):
+    with _drawing((SIZE[0] + 120, SIZE[1] + 80)) as (figure, axes):
         axes.set(xlabel="CHAIR_i (hallucinated among named objects)", ylabel="object recall", **limits)
         axes.grid()
         if band is not None:
@@ -252,7 +253,12 @@ def plot_frontier(
                 fontsize=10,
             )  # fmt: skip
         hints = [Hint(x, y, f"{name}: CHAIR_i {x:.3f}, recall {y:.3f}") for name, x, y in shown]
-        return finish(figure, (), note, hints)
+        return _plot(title, figure, hints, note)
+
+
+def _auroc_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis for AUROCs, which begins at chance where none is below it; NaN is never below."""
+    return 0.0 if any(value < 0.5 for value in values) else 0.5, 1.0
 
 
 def _joined(points: Sequence[tuple[str, float, float]], width: float, height: float) -> list[tuple[str, float, float]]:
@@ -296,20 +302,11 @@ def _hints_of(bins: Sequence[Bin], what: str) -> list[Hint]:
     ]
 
 
-class _Finish(Protocol):
-    """Turn a figure into a ``Plot``."""
-
-    def __call__(self, figure: Figure, legend: tuple[str, ...], note: str, hints: Sequence[Hint] = ()) -> Plot: ...
-
-
 @contextmanager
-def _drawing(title: str, size: tuple[int, int]) -> Iterator[tuple[Figure, Axes, _Finish]]:
-    """Open a figure in our style; yield it, its axes, and a function that turns it into a ``Plot``."""
+def _drawing(size: tuple[int, int]) -> Iterator[tuple[Figure, Axes]]:
+    """Open a figure in our style within the block, in which ``_plot`` is called too; yield it and its axes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-
-    def finish(figure: Figure, legend: tuple[str, ...], note: str, hints: Sequence[Hint] = ()) -> Plot:
-        return Plot(title, _svg(figure, title, hints), legend, note)
 
     with _lock, rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # matplotlib's own font lacks a character; the page's has it
@@ -318,7 +315,12 @@ def _drawing(title: str, size: tuple[int, int]) -> Iterator[tuple[Figure, Axes, 
         axes.set_axisbelow(True)
         axes.tick_params(length=0, pad=6)
         axes.spines[:].set_visible(False)
-        yield figure, axes, finish
+        yield figure, axes
+
+
+def _plot(title: str, figure: Figure, hints: Sequence[Hint], note: str, legend: tuple[str, ...] = ()) -> Plot:
+    """Turn a figure into a plot; to be called within ``_drawing``."""
+    return Plot(title, _svg(figure, title, hints), legend, note)
 
 
 def _unit_square(axes: Axes, x_label: str, y_label: str) -> None:
@@ -362,7 +364,7 @@ def _intervals(axes: Axes, bins: Sequence[Bin]) -> None:
     )  # fmt: skip
 
 
-def _svg(figure: Figure, title: str, hints: Sequence[Hint] = ()) -> Markup:
+def _svg(figure: Figure, title: str, hints: Sequence[Hint]) -> Markup:
     """Write a figure as an ``<svg>`` element that takes size, font and colours from the page.
 
     A hint is an invisible circle with a ``<title>``, which browsers show where the pointer rests.

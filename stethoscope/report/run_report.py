@@ -295,7 +295,8 @@ def _provenance(source: RunReader) -> Table:
         rows.append((f"{task}: generation", _as_text(section.get("generation"))))
         if section.get("answers"):
             rows.append((f"{task}: given answers", _as_text(section["answers"])))
-    file, remedy = source.folder / "environment.json", "delete it; the command that made the run writes it again"
+    file = source.folder / "environment.json"
+    remedy = REMEDIES[file.name]
     environment = read_json(file, remedy, default={"packages": {}})
     check_shape(file, environment, {"packages": {"*": (str, type(None))}}, remedy)
     packages = environment["packages"]

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-CONFIG_REMEDY = "delete it; the command that made the run writes it again"
 _KEYS = ["sample_id", "start"]
 _MENTION = ["sample_id", "mention_index"]
 SHUFFLES, REPLICATES = 3, 200
@@ -139,10 +138,15 @@ class RunReader:
         """Return the last part of the folder's path."""
         return self.folder.resolve().name
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Read the configuration that the run was made with, as plain data; empty where it has none."""
+        return read_yaml(self.folder / "config.yaml", REMEDIES["config.yaml"], default={})
+
     @property
     def model(self) -> str:
         """Name the model that answered."""
-        settings = read_yaml(self.folder / "config.yaml", CONFIG_REMEDY, default={}).get("model")
+        settings = self.config.get("model")
         if isinstance(settings, dict) and settings.get("name"):
             return str(settings["name"])
         fingerprint: Mapping[str, Any] = next(iter(self.store.fingerprints().values()), {})

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stethoscope.core.errors import ArtefactError, StethoscopeError
 from stethoscope.core.files import atomic_write, files_state
@@ -23,9 +23,6 @@ from stethoscope.report.run_source import RunReader, readable
 from stethoscope.storage.records import Record
 from stethoscope.storage.sample_notes import NOTES, Note, read_notes
 from stethoscope.storage.saved_heatmaps import CAPTIONS
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MOST_SAMPLES = 3000  # of a task in the list, of one run or of all
 ANSWER_LENGTH = 320  # characters of an answer in the list
@@ -339,7 +336,7 @@ def write_html(run: RunExport, folder: Path) -> list[Path]:
     pictures: dict[str, str] = {}
     for result in run.tasks:
         for record, row in _shared_rows(run, result.task):
-            own = _picture(run, record)
+            own = run.record_picture(record)
             key = record.image_sha256 or record.image
             if own is not None and key not in pictures:
                 pictures[key] = data_uri(own, SIDE)
@@ -379,16 +376,9 @@ def _shared_rows(run: RunExport, task: str) -> Iterator[tuple[Record, dict[str, 
         yield record, clean(row)
 
 
-def _picture(run: RunExport, record: Record) -> Image | None:
-    if not run.settings.pictures:
-        return None
-    media = run.media(record)
-    return run.picture(record) or (None if media is None else media.picture)
-
-
 def _heatmaps(run: RunExport, record: Record) -> dict[str, Any]:
     """Return the heat maps of a record by the first character of their mention, their shape and their caption."""
-    media = run.media(record) if run.settings.pictures else None
+    media = run.source.saved_media(record) if run.settings.pictures else None
     if media is None or record.answer is None:
         return {}
     starts = {token: start for token, (start, _) in enumerate(record.answer.offsets)}

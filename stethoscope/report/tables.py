@@ -78,13 +78,13 @@ def _figure(cell: Cell) -> Interval | None:
     return cell.interval if isinstance(cell, PairedDifference) else cell if isinstance(cell, Interval) else None
 
 
-def _number(value: float, digits: int = 3) -> str:
-    """Write a number with a minus sign instead of a hyphen, and without a sign if it rounds to 0.
+def _number(value: float) -> str:
+    """Write a number with three digits, with a minus sign instead of a hyphen, and without a sign if it rounds to 0.
 
     >>> _number(-0.0312), _number(-0.0001), _number(12.3456)
     ('−0.031', '0.000', '12.346')
     """
-    text = f"{value:.{digits}f}"
+    text = f"{value:.3f}"
     return text.lstrip("-") if not float(text) else text.replace("-", "−")
 
 

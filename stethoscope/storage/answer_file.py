@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.errors import ArtefactError, ConfigError
-from stethoscope.core.files import append, jsonable, read_json, replacing, write_json
+from stethoscope.core.files import append, jsonable, read_json, replacing, write_json, writing_out
 from stethoscope.core.types import Sample
 from stethoscope.storage.records import encode_line
 from stethoscope.storage.run_fingerprint import describe, differences
@@ -52,15 +52,14 @@ class AnswerFile:
         if self.path.is_dir():
             raise ConfigError(f"out={self.path} is a folder; it should name the file of the answers")
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock").resolve())
-        try:
+        with writing_out(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise ConfigError(
-                f"another process writes answers to {self.path}; wait until it has ended, or choose another out="
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"out={self.path} cannot be written to: {error.strerror or error}") from None
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise ConfigError(
+                    f"another process writes answers to {self.path}; wait until it has ended, or choose another out="
+                ) from None
         self._lock = lock
         return self
 

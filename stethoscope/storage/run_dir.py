@@ -57,6 +57,10 @@ REMEDIES = {
     "fingerprint.json": "bring it back, or delete the run and make it again",
     "planned.json": "delete it: only how many samples are still to come is not known then",
     "warnings.jsonl": "delete it; `stethoscope train` makes it again",
+    **dict.fromkeys(
+        ("config.yaml", "overrides.yaml", "environment.json"),
+        "delete it; the command that made the run writes it again",
+    ),
 }
 """Advice to the user about a damaged file, by its name."""
 
@@ -378,7 +382,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.is_file():
         raise ArtefactError(f"{folder} is not a run directory: it has no config.yaml; `stethoscope evaluate` makes one")
-    return read_yaml(file, "the command that made the run writes it again")
+    return read_yaml(file, REMEDIES[file.name])
 
 
 def read_warnings(folder: Path) -> list[dict[str, Any]]:
@@ -394,14 +398,15 @@ def read_warnings(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def saved_task(store: RunStore, name: str, plugins: Sequence[str] = (), offline: bool = False) -> Task:
-    """Make the task that a run was asked with, from its configuration or else from its fingerprint.
+def saved_task(store: RunStore, name: str, plugins: Sequence[str] = ()) -> Task:
+    """Make the task that a run was asked with again, from its configuration or else from its fingerprint.
+
+    A task that could fetch its data uses only what is on this machine.
 
     Args:
         store: the run.
         name: name of the task.
         plugins: packages besides our own that it may come from; the run's file does not decide that.
-        offline: a task that could fetch its data uses only what is on this machine.
 
     Raises:
         ArtefactError: the run does not say how its task is made.
@@ -414,6 +419,6 @@ def saved_task(store: RunStore, name: str, plugins: Sequence[str] = (), offline:
     nodes = saved_config(store.run_dir).values() if (store.run_dir / "config.yaml").is_file() else ()
     configured = (node for node in nodes if isinstance(node, dict) and node.get(TARGET) == path)
     node = next(configured, {TARGET: path, **settings})
-    if offline and "local_files_only" in signature(import_class(path, Task, f"{name}.{TARGET}", plugins)).parameters:
+    if "local_files_only" in signature(import_class(path, Task, f"{name}.{TARGET}", plugins)).parameters:
         node = {**node, "local_files_only": True}  # also where the file does not have the key
     return build(node, Task, name, plugins)

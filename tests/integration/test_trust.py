@@ -71,7 +71,7 @@ def test_no_class_of_a_run_but_a_task(hostile, stethoscope, messages, tmp_path, 
     path, settings, noun = GADGETS[kind]
     run = hostile(path, settings)
     with pytest.raises(StethoscopeError) as error:
-        saved_task(RunReader.read(run).store, "chair", offline=True)
+        saved_task(RunReader.read(run).store, "chair")
     assert noun in str(error.value)
     assert "\n" not in str(error.value)
     messages.record(kind, str(error.value), tmp_path)
@@ -233,7 +233,7 @@ def test_a_report_stays_offline_whatever_the_run_leaves_out(copy):
     described["chair"]["task"]["settings"] = {"source": "hub", "dataset": "owner/name"}
     (copy / "fingerprint.json").write_text(json.dumps(described))
     (copy / "config.yaml").unlink()
-    task = saved_task(RunReader.read(copy).store, "chair", offline=True)
+    task = saved_task(RunReader.read(copy).store, "chair")
     assert isinstance(task, Chair)
     assert task.hub.local_files_only
 
