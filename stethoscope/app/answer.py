@@ -89,17 +89,17 @@ class Question:
     generation: Generation
     answer: Answer | None = None
     detector: Detector | None = None
+    detector_name: str = AUTO
     notes: tuple[str, ...] = ()
     asks: str = "question"
     truth: tuple[str, ...] | None = None
     mentions: tuple[Mention, ...] | None = None
-    case: Mapping[str, Any] | None = None
     mitigation: str = "none"
-    detector_name: str = AUTO
-    edit: Mapping[str, Any] = field(default_factory=dict)
     square: str = OWN_SQUARE
+    edit: Mapping[str, Any] = field(default_factory=dict)
     earlier: tuple[AnswerSession, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
+    case: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

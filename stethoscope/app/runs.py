@@ -82,7 +82,7 @@ class Runs:
     @property
     def folders(self) -> dict[str, Path]:
         """Return the readable run directories by name: those that the app was started with first, then the newest."""
-        files = sorted(self._folder.glob("*/samples.jsonl"), key=_negative_mtime)
+        files = sorted(self._folder.glob("*/samples.jsonl"), key=_modified, reverse=True)
         inside = [file.parent for file in files if self._is_readable(file.parent)]
         named = [(path.resolve().name, path) for path in self._named] + [(path.name, path) for path in inside]
         folders: dict[str, Path] = {}
@@ -290,18 +290,18 @@ class Runs:
         kept = (note for note in read_notes(source.folder) if (note.task, note.sample_id) == (task, sample_id))
         notes += map(describe_note, kept)
         return Question(
-            model,
-            file,
-            record.question,
-            Generation(),
-            record.answer,
-            detector,
-            tuple(notes),
-            record.asks,
-            tuple(map(str, objects)) if isinstance(objects, list) else None,
-            record.mentions or None,
-            {"run": name, "mention": mention, **_neighbours(source, task, sample_id)},
+            model=model,
+            picture=file,
+            text=record.question,
+            generation=Generation(),
+            answer=record.answer,
+            detector=detector,
+            notes=tuple(notes),
+            asks=record.asks,
+            truth=tuple(map(str, objects)) if isinstance(objects, list) else None,
+            mentions=record.mentions or None,
             edit=record.edit,
+            case={"run": name, "mention": mention, **_neighbours(source, task, sample_id)},
         )
 
     def _run_folder(self, name: str | None) -> Path:
@@ -396,9 +396,9 @@ def _neighbours(source: RunReader, task: str, sample_id: str) -> dict[str, Any]:
     }
 
 
-def _negative_mtime(file: Path) -> float:
+def _modified(file: Path) -> float:
     try:
-        return -file.stat().st_mtime
+        return file.stat().st_mtime
     except OSError:  # the run was deleted since it was listed
         return 0.0
 

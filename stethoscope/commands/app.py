@@ -44,27 +44,29 @@ def run(config: DictConfig) -> None:
     extractor = load_extraction(config.extraction, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)
     require_model(adapter, "app")
-    runs, detector = Path(str(config.runs)), config.detector
+    folder_of_runs, detector = Path(str(config.runs)), config.detector
     chosen = str(HydraConfig.get().runtime.choices.model)
     name = adapter.name if chosen == "hf" else chosen
     run, other = (None if name is None else local_run(name) for name in named)
-    pool = ModelPool(adapter, name, detector.folder, detector.live, runs, run, config.plugins)
+    pool = ModelPool(adapter, name, detector.folder, detector.live, folder_of_runs, run, config.plugins)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes with the server
     with own_folder() as folder:
         from stethoscope.app.ui import build_page
 
-        past = Runs(runs, run, folder, config.plugins, other, notes, "anonymous" if public else local_user())
+        author = "anonymous" if public else local_user()
+        runs = Runs(folder_of_runs, run, folder, config.plugins, other, notes, author)
         print(f"loading {name} ...", file=sys.stderr)
         with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
-            names = ready.detectors.origin
-            print(f"detector: {names}" if names else TRAIN_ONE.format(model=name), file=sys.stderr)
+            origin = ready.detectors.origin
+            print(f"detector: {origin}" if origin else TRAIN_ONE.format(model=name), file=sys.stderr)
         sessions = Sessions(folder)
-        screen = build_page(pool, past, extractor, write_examples(folder, config.seed, int(config.examples)), sessions)
-        address = start(screen, str(config.host), int(config.port), sessions, bool(config.share), hosts, accounts)
+        examples = write_examples(folder, config.seed, int(config.examples))
+        page = build_page(pool, runs, extractor, examples, sessions)
+        address = start(page, str(config.host), int(config.port), sessions, bool(config.share), hosts, accounts)
         if public and accounts is None:
             print("warning: everybody can reach this page, ask the model and look through the runs", file=sys.stderr)
         print(f"open {address} (Ctrl+C ends it)")
         try:
-            screen.block_thread()
+            page.block_thread()
         finally:
-            screen.close(verbose=False)
+            page.close(verbose=False)

@@ -147,16 +147,13 @@ def _hub() -> Iterator[Finding]:
 
 
 def _wandb() -> Iterator[Finding]:
-    signed_in = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
+    try:
+        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser().read_text("utf-8", errors="replace")
+    except (OSError, RuntimeError):  # there is none, or no home
+        netrc = ""
+    signed_in = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in netrc
     text = "signed in" if signed_in else "not signed in: runs stay offline; `wandb login`, then logger.mode=online"
     yield Finding("wandb", "ok" if signed_in else "note", text)
-
-
-def _netrc() -> str:
-    try:
-        return Path(os.environ.get("NETRC", "~/.netrc")).expanduser().read_text("utf-8", errors="replace")
-    except (OSError, RuntimeError):  # there is none, or no home
-        return ""
 
 
 def _memory() -> Iterator[Finding]:
@@ -189,6 +186,8 @@ def _locks() -> Iterator[Finding]:
             yield Finding(file.parent.name, "note", str(error))
 
 
+# --- what a model needs -----------------------------------------------------------------------------------------------
+
 _SLACK = 1.1
 """Factor for memory that is not counted: fragmentation, buffers, the driver's context."""
 
@@ -212,7 +211,7 @@ class DeviceMemory(NamedTuple):
 
 
 def check_model(arguments: Sequence[str]) -> None:
-    """Print the table and the verdict.
+    """Print what the model of ``model=...`` needs, what is free, and whether it fits.
 
     Raises:
         ConfigError: a setting is wrong, or the model has no configuration to read.
@@ -341,9 +340,9 @@ def _fits(need: Memory, free: int) -> bool:
 
 
 def _table(name: str, need: Memory, config: DictConfig, devices: Sequence[DeviceMemory]) -> str:
-    stored = f"{need.dtype}, {config.model.quantize}" if config.model.get("quantize") else need.dtype
     from stethoscope.report.tables import Table, text
 
+    stored = f"{need.dtype}, {config.model.quantize}" if config.model.get("quantize") else need.dtype
     rows = [
         (f"{name}, weights", f"{need.parameters:,} in {stored}", _size(need.weights)),
         ("generation", f"{config.batch_size} x {config.context} tokens, cache and logits", _size(need.cache)),

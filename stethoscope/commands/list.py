@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from inspect import cleandoc
 from textwrap import indent
-from typing import TYPE_CHECKING
 
 from stethoscope.core.component import choices, groups, import_plugins, package_names
 from stethoscope.core.errors import ConfigError, unknown
-
-if TYPE_CHECKING:
-    from stethoscope.features import Feature
+from stethoscope.core.text import counted
 
 USAGE = """usage: stethoscope list [GROUP [NAME ...]] [plugins=PACKAGE,...]
 
@@ -74,12 +71,11 @@ def _cost(name: str) -> str:
     from stethoscope.features import named_set
 
     chosen = named_set(name)
-    count = len(chosen.features)
-    return f"{count} feature{'s' * (count != 1)}, {chosen.cost}"
+    return f"{counted(len(chosen.features), 'feature')}, {chosen.cost}"
 
 
 def _print_features(names: Sequence[str]) -> None:
-    """Print named sets and the registry, or what the names stand for."""
+    """Print named sets and the registry, or what the names stand for, with all that is known of single features."""
     from stethoscope.features import FEATURES
 
     sets, own = choices("features"), {item.group for item in FEATURES.values()}
@@ -93,11 +89,6 @@ def _print_features(names: Sequence[str]) -> None:
     rows = FEATURES if not names else {k: item for k, item in FEATURES.items() if {k, item.group} & {*names}}
     if rows:
         print("\nfeatures (columns of tokens.parquet; high values speak for ...)")
-        _print_rows(rows, names)
-
-
-def _print_rows(rows: Mapping[str, Feature], names: Sequence[str]) -> None:
-    """Print group, name, meaning of high values, cost and summary; below a feature that is named, what it reads."""
     for name, item in rows.items():
         print(f"  {item.group:<12} {item.name:<26} {item.higher_means:<13} {item.cost:<30} {item.summary}")
         if name in names:

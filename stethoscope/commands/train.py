@@ -49,14 +49,14 @@ def run(config: DictConfig) -> None:
         return
     detector = build(config.detector, Detector, "detector", config.plugins)
     same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
-    compare_with = {name: _other(name, same, config.plugins) for name in as_list(config.compare_with)}
+    compare_with = {name: _compared_detector(name, same, config.plugins) for name in as_list(config.compare_with)}
     shares, store = fractions(config), RunStore(source)
-    task = config.mentions or _only(store)
+    task = config.mentions or _traced_task(store)
     table = read_token_rows(config, store, task, config.subset)
     columns = feature_names(table) if "features" in config else None
     if not config.overwrite:
         keep_detector(folder, detector, shares, config.seed, task, columns)
-    targets = [_target(config, node, task) for node in as_list(config.test)]
+    targets = [_read_target(config, node, task) for node in as_list(config.test)]
     if targets:  # a column that the detector does not read need not be there
         settings = detector.settings
         names = select_features(feature_names(table), settings["features"], settings["exclude"])
@@ -89,7 +89,7 @@ def run(config: DictConfig) -> None:
         )
         if results is not None:
             log_detector(loggers, results)
-            loggers.log_metrics(_flat(results.transfer or ()))
+            loggers.log_metrics(_transfer_metrics(results.transfer or ()))
             log_detector_files(loggers, folder)
     if results is None:
         print("no mention has a label, so that nothing tells how good the detector is")
@@ -115,7 +115,7 @@ def recalibrate(config: DictConfig, source: Path, folder: Path) -> None:
         )
     if most is not None and (type(most) is not int or most < 0):
         raise ConfigError(f"labels={most} should be a number of labelled pictures, 0 for none, or null for all")
-    task = config.mentions or _only(store)
+    task = config.mentions or _traced_task(store)
     table = store.tokens(task)
     if old is None or table.empty:
         raise missing_rows_error(store, task)
@@ -136,7 +136,7 @@ def recalibrate(config: DictConfig, source: Path, folder: Path) -> None:
     print(f"detector: {folder / 'detector'}")
 
 
-def _only(store: RunStore) -> str:
+def _traced_task(store: RunStore) -> str:
     """Return the only task of a run that has token rows, or CHAIR."""
     tasks = store.traced_tasks()
     return tasks[0] if len(tasks) == 1 else "chair"
@@ -154,7 +154,7 @@ def read_token_rows(config: DictConfig, store: RunStore, task: str, subset: str 
         raise missing_rows_error(store, task)
     if (table["label"] < 0).all() and config.detector.get("labels") != "none":
         raise ArtefactError(f"{task} judges no mention in {store.run_dir}, so that there is nothing to learn from")
-    _tell_of_gaps(store, task)
+    _warn_of_gaps(store, task)
     if "features" in config:
         chosen = HydraConfig.get().runtime.choices.get("features", "...")
         wanted = build(config.features, FeatureSet, "features", config.plugins).names
@@ -163,7 +163,7 @@ def read_token_rows(config: DictConfig, store: RunStore, task: str, subset: str 
     return of_subset(table, subset, str(store.run_dir))
 
 
-def _tell_of_gaps(store: RunStore, task: str) -> None:
+def _warn_of_gaps(store: RunStore, task: str) -> None:
     """Warn of answers that have no token rows, as after a run was continued beyond what was extracted."""
     named = [record for record in store.records(task) if record.mentions]
     lacking = sum(not store.has_tokens(record) for record in named)
@@ -175,7 +175,7 @@ def _tell_of_gaps(store: RunStore, task: str) -> None:
         )
 
 
-def _target(config: DictConfig, node: Any, own: str) -> Target:
+def _read_target(config: DictConfig, node: Any, own: str) -> Target:
     """Read an entry of ``test``: a run directory, or ``{run: ..., mentions: ..., subset: ...}``.
 
     Without ``mentions`` they are of the task that the detector is trained on or, where the run has no such, of its only
@@ -205,7 +205,7 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
     return Target(name, read_token_rows(config, store, task, subset), store.model(task))
 
 
-def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _transfer_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Flatten the metrics of a transfer by name, for loggers."""
     return {
         f"transfer/{row['target']}/{which}/{metric}": interval["value"]
@@ -216,7 +216,7 @@ def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _other(name: str, same: Sequence[str], plugins: Sequence[str]) -> Detector:
+def _compared_detector(name: str, same: Sequence[str], plugins: Sequence[str]) -> Detector:
     """Build a detector of ``conf/detector`` with some settings of the main one.
 
     Raises:

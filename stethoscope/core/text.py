@@ -74,6 +74,19 @@ def one_line(text: object) -> str:
     return visible(" ".join(filter(None, (line.strip() for line in re.split("[\r\n]+", str(text))))))
 
 
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]|~<>])")
+
+
+def escape_markdown(text: str) -> str:
+    """Escape text so that Markdown shows it as it is, on one line.
+
+    >>> print(escape_markdown("a|b *c* <script>"))
+    a\\|b \\*c\\* &lt;script&gt;
+    """
+    text = " ".join(text.split()).replace("&", "&amp;")
+    return _MARKDOWN.sub(r"\\\1", text).replace(r"\<", "&lt;").replace(r"\>", "&gt;")
+
+
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:  # Python's stand-in for a byte of a file name

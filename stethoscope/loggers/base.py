@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,19 +112,15 @@ def check_limits(pictures: int, patience: float | None = None) -> None:
         raise ConfigError(f"logger.patience={patience} should be above 0")
 
 
-def check_installed(module: str, extra: str) -> None:
-    """Check, without importing it, that the package of a logger is installed.
-
-    Args:
-        module: top-level name of the package.
-        extra: of this distribution that installs it, and name of the logger.
+def check_installed(package: str) -> None:
+    """Check, without importing it, that the package of a logger is installed; logger and extra have its name.
 
     Raises:
         ConfigError: it is not.
     """
-    spec = importlib.util.find_spec(module)
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:  # a folder of that name without code, as of a logger's own files
-        raise ConfigError(f'logger={extra} needs the package {module}: pip install "lvlm-stethoscope[{extra}]"')
+        raise ConfigError(f'logger={package} needs the package {package}: pip install "lvlm-stethoscope[{package}]"')
 
 
 def as_labels(tags: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -133,6 +130,20 @@ def as_labels(tags: Sequence[str] | str | None) -> tuple[str, ...]:
     ((), ('pope',), ('pope', '7'))
     """
     return () if tags is None else (tags,) if isinstance(tags, str) else tuple(map(str, tags))
+
+
+def name_of_run(name: str | None, run_dir: Path | None) -> str | None:
+    """Return the name under which a run is logged: the one that is set, or else the run directory's; None without."""
+    return name or (None if run_dir is None else Path(run_dir).resolve().name)
+
+
+def artifact_name(name: str) -> str:
+    """Replace the letters that names of artifacts must not have in W&B and Trackio.
+
+    >>> artifact_name("my run/detector")
+    'my-run-detector'
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
 def stored_id(file: Path, new: str = "") -> tuple[str, bool]:

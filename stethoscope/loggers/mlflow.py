@@ -19,6 +19,7 @@ from stethoscope.loggers.base import (
     check_limits,
     curve_picture,
     flat_settings,
+    name_of_run,
     plain_table,
     stored_id,
 )
@@ -70,7 +71,7 @@ class MlflowLogger(Logger):
             ConfigError: ``pictures`` is below 0, ``patience`` not above 0, or MLflow is not installed.
         """
         check_limits(pictures, patience)
-        check_installed("mlflow", "mlflow")
+        check_installed("mlflow")
         self.uri, self.folder, self.project, self.name = uri, folder, project, name
         self.group, self.job_type, self.tags = group, job_type, as_labels(tags)
         self.pictures, self.patience = pictures, patience
@@ -98,8 +99,7 @@ class MlflowLogger(Logger):
             self._run_id, _ = stored_id(file)
             client.update_run(self._run_id, status="RUNNING")
         else:
-            name = self.name or (None if run_dir is None else Path(run_dir).resolve().name)
-            tags = {key: value for key, value in labels.items() if value}
+            name, tags = name_of_run(self.name, run_dir), {key: value for key, value in labels.items() if value}
             self._run_id = client.create_run(self._experiment_id(client), run_name=name, tags=tags).info.run_id
             if file is not None:
                 stored_id(file, self._run_id)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stethoscope.core.text import escape_markdown
 from stethoscope.loggers.base import (
     Logger,
     TablePicture,
@@ -40,7 +41,7 @@ class TensorBoardLogger(Logger):
             ConfigError: ``pictures`` is below 0, or TensorBoard is not installed.
         """
         check_limits(pictures)
-        check_installed("tensorboard", "tensorboard")
+        check_installed("tensorboard")
         self.folder, self.pictures = folder, pictures
         self._path: Path | None = None
         self._writer: Any = None
@@ -116,14 +117,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """
 
     def line(cells: Sequence[Any]) -> str:
-        texts = ("" if cell is None else " ".join(str(cell).split()) for cell in cells)
-        return f"| {' | '.join(_escaped(text) for text in texts)} |"
+        texts = ("" if cell is None else str(cell) for cell in cells)
+        return f"| {' | '.join(map(escape_markdown, texts))} |"
 
     return "\n".join([line(columns), f"|{' --- |' * len(columns)}", *map(line, rows)])
-
-
-def _escaped(text: str) -> str:
-    """Escape the letters that Markdown and HTML read as marks."""
-    for letter in "\\`*_[]<>|~#":
-        text = text.replace(letter, f"\\{letter}")
-    return text

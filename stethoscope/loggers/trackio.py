@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ from stethoscope.loggers.base import (
     Logger,
     Marked,
     TablePicture,
+    artifact_name,
     check_installed,
     check_limits,
     curve_picture,
+    name_of_run,
     stored_id,
 )
 
 logger = logging.getLogger(__name__)
-
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")  # of Trackio's artifacts
 
 
 class TrackioLogger(Logger):
@@ -54,7 +53,7 @@ class TrackioLogger(Logger):
             ConfigError: ``pictures`` is below 0, ``patience`` not above 0, or Trackio is not installed.
         """
         check_limits(pictures, patience)
-        check_installed("trackio", "trackio")
+        check_installed("trackio")
         self.project, self.name, self.space, self.group = project, name, space, group
         self.pictures, self.patience = pictures, patience
         self._run: Any = None
@@ -71,9 +70,9 @@ class TrackioLogger(Logger):
 
         for module in (trackio, trackio.run, trackio.utils):  # it prints to standard output, where our tables go
             vars(module).setdefault("print", lambda *words, **options: None)
-        name, resumed = self.name, False
+        name, resumed = name_of_run(self.name, run_dir), False
         if run_dir is not None:
-            name, resumed = stored_id(Path(run_dir) / "trackio" / "name", self.name or Path(run_dir).resolve().name)
+            name, resumed = stored_id(Path(run_dir) / "trackio" / "name", name or "")
         self._run = trackio.init(
             self.project,
             name=name,
@@ -129,7 +128,7 @@ class TrackioLogger(Logger):
             return
         import trackio
 
-        artifact = trackio.Artifact(_NOT_IN_NAMES.sub("-", name), kind, metadata=dict(notes))
+        artifact = trackio.Artifact(artifact_name(name), kind, metadata=dict(notes))
         artifact.add_dir(folder)
         self._run.log_artifact(artifact)
 

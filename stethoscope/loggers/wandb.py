@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +11,22 @@ from typing import Any, Literal, get_args
 
 from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.core.files import jsonable
-from stethoscope.loggers.base import Logger, Marked, TablePicture, as_labels, check_limits, stored_id
+from stethoscope.loggers.base import (
+    Logger,
+    Marked,
+    TablePicture,
+    artifact_name,
+    as_labels,
+    check_limits,
+    name_of_run,
+    stored_id,
+)
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 logger = logging.getLogger(__name__)
 
 _STAGE = "WANDB_DATA_DIR"  # W&B's variable
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")  # of W&B artifacts
 
 
 class WandbLogger(Logger):
@@ -85,11 +92,12 @@ class WandbLogger(Logger):
         self.run = wandb.init(
             project=self.project,
             entity=self.entity,
-            name=self.name or (folder.resolve().name if folder else None),
+            name=name_of_run(self.name, folder),
             group=self.group,
             job_type=self.job_type,
             tags=self.tags,
-            id=_run_id(folder),
+            # created at first use, or given by an agent of a W&B sweep
+            id=None if folder is None else stored_id(folder / "wandb" / "id", os.environ.get("WANDB_RUN_ID", ""))[0],
             resume="allow" if self.mode == "online" else None,  # W&B warns that it ignores it offline
             mode=self.mode,
             dir=folder,
@@ -153,7 +161,7 @@ class WandbLogger(Logger):
         import wandb
 
         with self._staged():
-            artifact = wandb.Artifact(_NOT_IN_NAMES.sub("-", name), kind, metadata=dict(notes))
+            artifact = wandb.Artifact(artifact_name(name), kind, metadata=dict(notes))
             for path in sorted(folder.rglob("*")):  # add_dir prints to the terminal
                 if path.is_file():
                     artifact.add_file(str(path), path.relative_to(folder).as_posix())
@@ -179,11 +187,6 @@ class WandbLogger(Logger):
             run.finish(exit_code=0 if status == "finished" else 1)
             if self.mode == "offline" and self._folder is not None:
                 logger.info("W&B run, offline: wandb sync %s", Path(run.dir).parent)
-
-
-def _run_id(folder: Path | None) -> str | None:
-    """Return the W&B id of a run directory, created at first use or given by an agent of a W&B sweep."""
-    return None if folder is None else stored_id(folder / "wandb" / "id", os.environ.get("WANDB_RUN_ID", ""))[0]
 
 
 def _quiet_settings(wandb: Any) -> Any:

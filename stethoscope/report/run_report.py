@@ -12,6 +12,7 @@ import pandas as pd
 
 from stethoscope.core.files import check_shape, read_json
 from stethoscope.core.html import asset, document, render
+from stethoscope.core.text import escape_markdown
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report import curves, plots, tables
@@ -79,9 +80,9 @@ class Report:
 
     def markdown(self) -> str:
         """Write all tables as Markdown."""
-        parts = [f"# {tables.escape_markdown(self.title)}\n\n{tables.escape_markdown(self.subtitle)}\n"]
+        parts = [f"# {escape_markdown(self.title)}\n\n{escape_markdown(self.subtitle)}\n"]
         for section in self.sections:
-            lead = f"\n\n{tables.escape_markdown(section.lead)}" if section.lead else ""
+            lead = f"\n\n{escape_markdown(section.lead)}" if section.lead else ""
             body = [tables.markdown(table) for table in (*section.tables, *section.folded)]
             parts.append("\n".join([f"## {section.title.capitalize()}{lead}\n", *body]))
         return "\n".join(parts)

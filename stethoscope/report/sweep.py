@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from stethoscope.core.errors import ArtefactError, StethoscopeError
 from stethoscope.core.files import atomic_write, jsonable, write_json
 from stethoscope.core.json_rows import check_content
+from stethoscope.core.text import escape_markdown
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
@@ -20,7 +21,7 @@ from stethoscope.report.compare import TaskLoader, detector_table, first_task, i
 from stethoscope.report.metrics_tables import TITLES, metric_title, primary, print_table
 from stethoscope.report.run_report import table_page
 from stethoscope.report.run_source import RunReader, readable
-from stethoscope.report.tables import Cell, PairedDifference, Table, escape_markdown, markdown
+from stethoscope.report.tables import Cell, PairedDifference, Table, markdown
 from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
 from stethoscope.storage.sweep_jobs import FINISHED, Job
 

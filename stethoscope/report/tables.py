@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.core.html import escape, render
+from stethoscope.core.text import escape_markdown
 from stethoscope.metrics.bootstrap import MIN_IMAGES, Interval
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Table:
             return ""
         span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         few = f" –: no interval, from fewer than {MIN_IMAGES} images." if counts[0] < MIN_IMAGES else ""
-        return f"From {span} image{'s' * (counts[-1] != 1)}.{few}"
+        return f"From {span} image{'' if counts[-1] == 1 else 's'}.{few}"
 
     @property
     def full_note(self) -> str:
@@ -154,19 +155,6 @@ def terminal(table: Table, leading_zero: bool = True) -> TerminalTable:
         style = "bold" if index in table.bold else None
         grid.add_row(*(Text(plain(cell, leading_zero)) for cell in row), style=style)
     return grid
-
-
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]|~<>])")
-
-
-def escape_markdown(text: str) -> str:
-    """Escape text so that Markdown shows it as it is, on one line.
-
-    >>> print(escape_markdown("a|b *c* <script>"))
-    a\\|b \\*c\\* &lt;script&gt;
-    """
-    text = re.sub(r"\s+", " ", text).replace("&", "&amp;")
-    return _MARKDOWN.sub(r"\\\1", text).replace(r"\<", "&lt;").replace(r"\>", "&gt;")
 
 
 def markdown(table: Table) -> str:

@@ -8,7 +8,7 @@ const ORDERS = [["", "as in the run"], ["high", "highest probability first"], ["
 const APART = ["apart", "probabilities furthest apart first"];
 const TOGETHER = ["together", "a sample's answers of all runs together"];
 const ALL = "/"; // in place of a run's name: all runs, of which every row has its own
-const WRONG = ["caught", "missed", "hallucinated"]; // outcomes of a hallucinated object
+const WRONG = ["caught", "missed", "hallucinated"], RIGHT = ["right", "grounded"]; // outcomes of an object that is not there, or is
 const pictures = new Map(); // by key, once they have come
 let wanted = new Set(); // keys that the server was asked for
 let waiting = false; // of small pictures: one at a time, as the page would see the later of two answers alone
@@ -32,30 +32,30 @@ function choices(id, values) {
 // --- what is alike and what differs --------------------------------------------------------------------------------
 
 function wrong(mention) {
-  return WRONG.includes(mention[1]);
+  return WRONG.includes(mention.outcome);
 }
 
 function sameObject(side, mention, test) { // the mention of an object, if the other run has it and it passes a test
-  return side.mentions.find((one) => one[0] === mention[0] && test(one));
+  return side.mentions.find((candidate) => candidate.object === mention.object && test(candidate));
 }
 
 function changed(mention, side) { // whether the other run has no mention of this object with this outcome
-  return !sameObject(side, mention, (one) => one[1] === mention[1]);
+  return !sameObject(side, mention, (candidate) => candidate.outcome === mention.outcome);
 }
 
 function differs(row) {
-  return !row.same || row.right !== row.other.right || row.mentions.some((one) => changed(one, row.other)) || row.other.mentions.some((one) => changed(one, row));
+  return !row.same || row.right !== row.other.right || row.mentions.some((mention) => changed(mention, row.other)) || row.other.mentions.some((mention) => changed(mention, row));
 }
 
 function alike(first, second) { // mentions with outcomes of two runs: of the first, those whose object became the second's
-  return (a, b) => a.mentions.filter((one) => one[1] === first && sameObject(b, one, (two) => two[1] === second));
+  return (a, b) => a.mentions.filter((mention) => mention.outcome === first && sameObject(b, mention, (candidate) => candidate.outcome === second));
 }
 
-const only = (test) => (a, b) => a.mentions.filter((one) => test(one) && !sameObject(b, one, test));
+const only = (test) => (a, b) => a.mentions.filter((mention) => test(mention) && !sameObject(b, mention, test));
 const PAIRS = { // mentions of the first side that a filter is about
   caught: alike("caught", "missed"),
   hallucinated: only(wrong),
-  "false alarm": only((one) => one[1] === "false alarm"),
+  "false alarm": only((mention) => mention.outcome === "false alarm"),
 };
 
 function pairKinds() {
@@ -73,7 +73,7 @@ function sides(first, second) { // long names would fill the line
 
 function matching(row) { // the mentions that the filter is about, of the side that it begins with
   const kind = $("kind").value;
-  if (!row.other) return row.mentions.filter((one) => one[1] === kind);
+  if (!row.other) return row.mentions.filter((mention) => mention.outcome === kind);
   const turned = kind.endsWith("-"), [a, b] = turned ? [row.other, row] : [row, row.other];
   const choose = PAIRS[kind.replace(/-$/, "")];
   return choose ? choose(a, b) : [];
@@ -88,7 +88,7 @@ function fitsKind(row) {
     if (kind === "answer-") return row.right === false && row.other.right === true;
   } else {
     if (kind === "wrong") return row.right === false;
-    if (kind === "right") return row.mentions.length > 0 && row.mentions.every((one) => one[1] === "right" || one[1] === "grounded");
+    if (kind === "right") return row.mentions.length > 0 && row.mentions.every((mention) => RIGHT.includes(mention.outcome));
   }
   return matching(row).length > 0;
 }
@@ -100,7 +100,7 @@ function fits(row) {
   if ($("fold").value && split.has(taskOf(row)) && row.fold !== $("fold").value) return false;
   if (!fitsKind(row) || !fitsNotes(row)) return false;
   const both = row.other ? [row, row.other] : [row];
-  const texts = both.flatMap((one) => [one.answer, ...one.mentions.map((mention) => mention[0]), ...one.notes.flatMap((note) => [note.text, note.author, ...note.tags])]);
+  const texts = both.flatMap((side) => [side.answer, ...side.mentions.map((mention) => mention.object), ...side.notes.flatMap((note) => [note.text, note.author, ...note.tags])]);
   return !find || [row.run || "", row.sample, row.question, ...texts].some((text) => text.toLowerCase().includes(find));
 }
 
@@ -116,13 +116,14 @@ function fitsNotes(row) {
 }
 
 function known(mentions) {
-  return mentions.map((one) => one[2]).filter((value) => value !== null);
+  return mentions.map((mention) => mention.probability).filter((value) => value !== null);
 }
 
 function probability(row) { // of the mentions that the filter is about, the one that counts in the order
   if ($("order").value === "apart") {
-    const pairs = row.mentions.map((one) => [one, sameObject(row.other, one, (two) => two[2] !== null)]).filter(([one, two]) => two && one[2] !== null);
-    return pairs.length ? Math.max(...pairs.map(([one, two]) => Math.abs(one[2] - two[2]))) : null;
+    const judged = row.mentions.filter((mention) => mention.probability !== null);
+    const pairs = judged.map((mention) => [mention, sameObject(row.other, mention, (candidate) => candidate.probability !== null)]).filter(([, beside]) => beside);
+    return pairs.length ? Math.max(...pairs.map(([mention, beside]) => Math.abs(mention.probability - beside.probability))) : null;
   }
   const about = matching(row), values = known(about.length ? about : [...row.mentions, ...(row.other ? row.other.mentions : [])]);
   if (!values.length) return null;
@@ -142,8 +143,8 @@ function ordered(shown) {
 
 function address(row, name) { // of a run's sample, at the mention that the filter is about, if there is one
   const side = row.other && name === other ? row.other : row, about = matching(row);
-  const mention = side.mentions.find((one) => about.some((two) => two[0] === one[0]));
-  return { run: name, task: row.task, sample: row.sample, mention: $("kind").value && mention ? mention[3] : null };
+  const target = side.mentions.find((mention) => about.some((wanted) => wanted.object === mention.object));
+  return { run: name, task: row.task, sample: row.sample, mention: $("kind").value && target ? target.start : null };
 }
 
 function runOf(row) {
@@ -179,9 +180,9 @@ function fetchThumbnails() {
 
 // --- cards ---------------------------------------------------------------------------------------------------------
 
-function open(row, name, mention) { // in the first tab, or on a static page in its own card
-  if (trigger) { trigger("look", mention === undefined ? address(row, name) : { ...address(row, name), mention }); return; }
-  const key = keyOf(row), start = mention === undefined ? null : mention, again = opened && opened.key === key && opened.start === start;
+function open(row, name, start = null) { // in the first tab, or on a static page in its own card; at the mention that starts there
+  if (trigger) { trigger("look", start === null ? address(row, name) : { ...address(row, name), mention: start }); return; }
+  const key = keyOf(row), again = opened && opened.key === key && opened.start === start;
   opened = again ? null : { key, start };
   window.location.replace(`#${again ? "" : encodeURIComponent(key)}`);
   show();
@@ -192,9 +193,9 @@ function isOpen(row) {
 }
 
 function answerText(row, side) { // with the mention marked that is looked at
-  const words = make("p", undefined, "st-words"), mention = isOpen(row) ? side.mentions.find((one) => one[3] === opened.start) : null;
-  if (!mention) { words.textContent = side.answer; return words; }
-  const [start, end] = mention.slice(3), letters = [...side.answer]; // as Python counts characters
+  const words = make("p", undefined, "st-words"), shown = isOpen(row) ? side.mentions.find((mention) => mention.start === opened.start) : null;
+  if (!shown) { words.textContent = side.answer; return words; }
+  const { start, end } = shown, letters = [...side.answer]; // as Python counts characters
   const [before, name, after] = [letters.slice(0, start), letters.slice(start, end), letters.slice(end)].map((part) => part.join(""));
   words.append(before + name.slice(0, name.length - name.trimStart().length), make("mark", name.trim()), name.slice(name.trimEnd().length) + after);
   return words;
@@ -225,13 +226,13 @@ function figure(content, caption) {
 }
 
 function detail(row) { // on a static page: the picture, the heat map of a mention, and the truth
-  const box = make("div", undefined, "st-detail"), image = make("img"), mention = row.mentions.find((one) => one[3] === opened.start);
+  const box = make("div", undefined, "st-detail"), image = make("img"), shown = row.mentions.find((mention) => mention.start === opened.start);
   if (page.pictures[row.picture]) {
     image.alt = `picture of ${row.sample}`;
     image.src = page.pictures[row.picture];
     box.append(figure(image, row.sample));
-    if (mention && row.maps.values && row.maps.values[mention[3]]) {
-      const text = row.maps.caption.join(mention[0]), place = figure("", text);
+    if (shown && row.maps.values && row.maps.values[shown.start]) {
+      const text = row.maps.caption.join(shown.object), place = figure("", text);
       image.decode().then(() => place.prepend(heatmap(row, text, image.naturalWidth, image.naturalHeight, image)));
       box.append(place);
     }
@@ -251,17 +252,17 @@ function opener(row, name) {
 }
 
 function chips(row, side, beside, name) { // right mentions are only counted, but for those that the other run has otherwise
-  const box = make("div", undefined, "st-chips"), plain = (one) => ["right", "grounded"].includes(one[1]) && !(beside && changed(one, beside)) && !isOpen(row);
+  const box = make("div", undefined, "st-chips"), plain = (mention) => RIGHT.includes(mention.outcome) && !(beside && changed(mention, beside)) && !isOpen(row);
   if (side.right !== null) box.append(make("span", side.right ? "right answer" : `wrong answer, right is ${side.truth}`, "st-chip" + (side.right ? "" : " st-missed")));
-  side.mentions.filter((one) => !plain(one)).forEach(([object, kind, chance, mention]) => {
-    const chip = make("button", `${kind}: ${object}${chance === null ? "" : ` ${percent(chance)}`}`, "st-chip st-" + kind.replace(" ", "-"));
+  side.mentions.filter((mention) => !plain(mention)).forEach(({ object, outcome, probability, start }) => {
+    const chip = make("button", `${outcome}: ${object}${probability === null ? "" : ` ${percent(probability)}`}`, "st-chip st-" + outcome.replace(" ", "-"));
     chip.type = "button";
-    chip.dataset.use = `${mention} ${name}`;
-    chip.addEventListener("click", () => open(row, name, mention));
+    chip.dataset.use = `${start} ${name}`;
+    chip.addEventListener("click", () => open(row, name, start));
     box.append(chip);
   });
   const right = side.mentions.filter(plain).length;
-  if (right) box.append(make("span", `${right} ${side.mentions.find(plain)[1]}`, "st-chip"));
+  if (right) box.append(make("span", `${right} ${side.mentions.find(plain).outcome}`, "st-chip"));
   return box;
 }
 
@@ -284,12 +285,12 @@ function field(text, control) {
 
 function noteForm(row, side, name) { // of the sample or of one of its mentions; an empty one takes an earlier note back
   const form = make("form", undefined, "st-note st-controls"), about = make("select"), label = make("select"), tags = make("input"), words = make("textarea");
-  about.append(...[["", "the sample"], ...side.mentions.map((one) => [one[3], `${one[0]} (${one[1]})`])].map(([value, text]) => Object.assign(make("option", text), { value })));
+  about.append(...[["", "the sample"], ...side.mentions.map(({ start, object, outcome }) => [start, `${object} (${outcome})`])].map(([value, text]) => Object.assign(make("option", text), { value })));
   label.append(...["", 1, 0, -1].map((value) => Object.assign(make("option", LABELS[value]), { value })));
   [tags.maxLength, words.maxLength, words.rows] = [300, 2000, 2];
   tags.placeholder = "separated by commas";
   const labelled = field("right label", label), fill = () => {
-    const start = about.value === "" ? null : Number(about.value), note = side.notes.find((one) => one.start === start);
+    const start = about.value === "" ? null : Number(about.value), note = side.notes.find((candidate) => candidate.start === start);
     labelled.hidden = start === null;
     label.value = note && note.label !== null ? note.label : "";
     [tags.value, words.value] = note ? [note.tags.join(", "), note.text] : ["", ""];
@@ -383,7 +384,7 @@ function show() {
 function openLink() { // of a static page, to a sample
   let key = "";
   try { key = decodeURIComponent(window.location.hash.slice(1)); } catch (error) { return; }
-  const row = rows.find((one) => keyOf(one) === key);
+  const row = rows.find((candidate) => keyOf(candidate) === key);
   if (trigger || !row) return;
   opened = { key, start: null };
   $("fold").value = "";
@@ -401,11 +402,17 @@ function later() {
   if (!timer && trigger && $("progress").textContent) timer = setTimeout(look, POLL);
 }
 
+function named(row) { // with mentions as objects; on the way they are lists, in the order of ``sample_list.sample_rows``
+  const mentions = row.mentions.map(([object, outcome, probability, start, end]) => ({ object, outcome, probability, start, end }));
+  return { ...row, mentions, ...(row.other ? { other: named(row.other) } : {}) };
+}
+
 function receive() {
   let message;
   try { message = JSON.parse(props.value); } catch (error) { message = { rows: [], note: "what came from the server cannot be read", run: "", other: "" }; }
   const same = message.run === run && message.other === other; // of a run that is going on: nothing that was chosen is lost
-  ({ rows, run, other, writable } = message);
+  ({ run, other, writable } = message);
+  rows = message.rows.map(named);
   page = trigger ? null : message;
   if (!same || (editing && editing.sent)) editing = null;
   state = message.state || "";
