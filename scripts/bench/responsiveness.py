@@ -126,9 +126,9 @@ def served(adapter: Adapter, folder: Path) -> Iterator[str]:
         with pool.use("testbed"):
             sessions = Sessions(own)
             runs = Runs(folder / "runs", None, own)
-            screen = build_page(pool, runs, load_extraction("coco"), write_examples(own, 0, 3), sessions)
-        yield start(screen, "127.0.0.1", port, sessions)
-        screen.close(verbose=False)
+            page = build_page(pool, runs, load_extraction("coco"), write_examples(own, 0, 3), sessions)
+        yield start(page, "127.0.0.1", port, sessions)
+        page.close(verbose=False)
 
 
 def ask(page: Page, scene: Path) -> None:

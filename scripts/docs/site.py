@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
+from stethoscope.core.component import choices, conf_folder
+
 ROOT = Path(__file__).parents[2]
-CONF = ROOT / "conf"
 PACKAGE = ROOT / "build" / "docs-package" / "stethoscope"
 MARK = re.compile(r"^<!-- table: ([a-z_]+)(?: ([a-z_]+))? -->$", re.MULTILINE)
 
@@ -79,28 +80,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def choices(group: str) -> dict[str, Path]:
-    """Return the configuration files of a group by the names that follow ``group=`` on the command line."""
-    folder = CONF / group
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-
-
-def title(path: Path) -> str:
-    """Return the first comment line of a configuration file, which explains it in lists."""
-    comments = (line.lstrip("# ") for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
-    return next(line for line in comments if not line.startswith("@package"))
-
-
 def choices_table(group: str) -> str:
     """List the choices of a configuration group with their explanations."""
-    return table([f"`{group}=`", "what"], ((f"`{name}`", title(path)) for name, path in choices(group).items()))
+    return table([f"`{group}=`", "what"], ((f"`{name}`", title) for name, title in choices(group).items()))
 
 
 def settings_table(group: str) -> str:
     """Show every configuration file of a group: its comments explain the settings."""
     parts = []
-    for name, path in choices(group).items():
-        parts += [f"### {name}", f"```yaml\n{path.read_text('utf-8').strip()}\n```"]
+    for name in choices(group):
+        text = (conf_folder() / group / f"{name}.yaml").read_text("utf-8")
+        parts += [f"### {name}", f"```yaml\n{text.strip()}\n```"]
     return "\n\n".join(parts)
 
 
@@ -120,10 +110,8 @@ def feature_sets_table() -> str:
     """List the sets that are no published detector, with their size and cost."""
     from stethoscope.features import named_set
 
-    sets = {name: path for name, path in choices("features").items() if not name.startswith("paper/")}
-    rows = [
-        (f"`{name}`", len(named_set(name).features), named_set(name).cost, title(path)) for name, path in sets.items()
-    ]
+    sets = {name: title for name, title in choices("features").items() if not name.startswith("paper/")}
+    rows = [(f"`{name}`", len(named_set(name).features), named_set(name).cost, title) for name, title in sets.items()]
     return table(["`features=`", "features", "cost", "what"], rows)
 
 
@@ -133,7 +121,7 @@ def published_table() -> str:
 
     status = yaml.safe_load((ROOT / "docs" / "reproduction.yaml").read_text("utf-8"))
     rows = []
-    for name, path in choices("features").items():
+    for name, title in choices("features").items():
         if not name.startswith("paper/"):
             continue
         features = named_set(name)
@@ -144,7 +132,7 @@ def published_table() -> str:
             kind += f", high values mean {FEATURES[features.score].higher_means}"
         facts = status[name.removeprefix("paper/")]
         known = (facts.get("paper", "not stated"), facts["ours"], facts["checked"], facts["differs"])
-        rows.append((f"`{name}`", title(path), kind, features.cost, *known))
+        rows.append((f"`{name}`", title, kind, features.cost, *known))
     head = [
         "set",
         "method",

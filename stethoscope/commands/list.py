@@ -63,15 +63,10 @@ def _print_choices(group: str, names: Sequence[str]) -> None:
     for name in names or available:
         print(f"  {name:<26} {available[name]}")
         if group == "features":
-            print(f"  {'':<26} {_cost(name)}")
+            from stethoscope.features import named_set  # the other groups need none of its modules
 
-
-def _cost(name: str) -> str:
-    """Describe how many features a configuration of the group ``features`` chooses, and their cost."""
-    from stethoscope.features import named_set
-
-    chosen = named_set(name)
-    return f"{counted(len(chosen.features), 'feature')}, {chosen.cost}"
+            chosen = named_set(name)
+            print(f"  {'':<26} {counted(len(chosen.features), 'feature')}, {chosen.cost}")
 
 
 def _print_features(names: Sequence[str]) -> None:

@@ -31,16 +31,14 @@ if TYPE_CHECKING:
 
 LIBRARY = "lvlm-stethoscope"
 EXPORTERS = {
-    "every_eval_ever": "the community's schema 0.3.0: a JSON file for each task, a JSON line for each sample",
-    "hub_results": ".eval_results/*.yaml for the model's repository on the hub",
-    "inspect": "a .eval log for each task, for inspect's viewer",
-    "html": "a page of all samples with filters and pictures, which needs no server",
-    "dataset": "a data set of samples and mentions, for `datasets.load_dataset` and the hub",
-    "custom_generate": "the run's decoding method (no_image, vcd) as a folder that transformers' `generate` loads",
+    "every_eval_ever": "every_eval_ever",  # the community's schema: a JSON file per task, a JSON line per sample
+    "hub_results": "hub_export",  # .eval_results/*.yaml for the model's repository on the hub
+    "inspect": "inspect_log",  # a .eval log per task, for inspect's viewer
+    "html": "sample_list",  # a page of all samples with filters and pictures, which needs no server
+    "dataset": "hub_export",  # samples and mentions, for `datasets.load_dataset` and the hub
+    "custom_generate": "hub_export",  # the run's decoding method as a folder that transformers' `generate` loads
 }
-"""Targets of ``stethoscope export``; each has a function in one of ``_MODULES`` that writes it."""
-_MODULES = {"every_eval_ever": "every_eval_ever", "hub_results": "hub_export", "inspect": "inspect_log",
-            "dataset": "hub_export", "html": "sample_list", "custom_generate": "hub_export"}  # fmt: skip
+"""Targets of ``stethoscope export``, with the module of this package whose function ``write_<target>`` writes it."""
 RELATIONS = ("first_party", "third_party", "collaborative", "other")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RIGHT = ("right", "correct")
@@ -369,7 +367,7 @@ def export(run: RunExport, target: str, folder: Path) -> list[Path]:
         raise ConfigError(unknown("target of export", str(target), EXPORTERS))
     if not run.tasks:
         raise ArtefactError(f"{run.source.folder} has no task to export")
-    module = importlib.import_module(f"stethoscope.report.{_MODULES[target]}")
+    module = importlib.import_module(f"stethoscope.report.{EXPORTERS[target]}")
     with writing_out(folder):
         folder.mkdir(parents=True, exist_ok=True)
         return getattr(module, f"write_{target}")(run, folder)

@@ -54,7 +54,8 @@ class Table:
     @property
     def images_note(self) -> str:
         """From how many images the figures are, and why some have no interval; empty without figures."""
-        figures = [cell for row in self.rows for cell in map(_figure, row) if cell is not None]
+        cells = [cell for row in self.rows for cell in row if isinstance(cell, (Interval, PairedDifference))]
+        figures = [cell.interval if isinstance(cell, PairedDifference) else cell for cell in cells]
         counts = sorted({figure.groups for figure in figures if math.isfinite(figure.value)})
         if not counts:
             return ""
@@ -72,11 +73,6 @@ class Table:
         indices = [index for index, name in enumerate(self.columns) if name not in names]
         rows = tuple(tuple(row[index] for index in indices) for row in self.rows)
         return replace(self, columns=tuple(self.columns[index] for index in indices), rows=rows)
-
-
-def _figure(cell: Cell) -> Interval | None:
-    """Return the interval of a cell that holds one."""
-    return cell.interval if isinstance(cell, PairedDifference) else cell if isinstance(cell, Interval) else None
 
 
 def _number(value: float) -> str:

@@ -26,7 +26,7 @@ def test_tensorboards_own_reader_gives_back_what_was_logged(tmp_path):
         assert [point.value for point in events.Scalars(name)] == [value]
     (text,) = events.Tensors("pope/samples/text_summary")
     lines = text.tensor_proto.string_val[0].decode().splitlines()
-    assert lines[:3] == ["| sample | answer |", "| --- | --- |", r"| s0 | a \| \<b\>dog\</b\> \* |"]
+    assert lines[:3] == ["| sample | answer |", "| --- | --- |", r"| s0 | a \| &lt;b&gt;dog&lt;/b&gt; \* |"]
     (picture,) = events.Images("pope/samples/picture")
     red = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)).convert("RGB"))
     assert (red == [255, 0, 0]).all()
