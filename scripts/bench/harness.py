@@ -259,12 +259,12 @@ def _watch(arguments: Sequence[str], folder: Path, records: Path | None) -> tupl
                 time.sleep(0.01)
         first = time.perf_counter() - start
         output.read()
-        usage = _end(process)
+        usage = _end(process, arguments)
     return first, largest_size(usage)
 
 
-def _end(process: subprocess.Popen) -> resource.struct_rusage:
-    """Wait until a process has ended, and return what it has used.
+def _end(process: subprocess.Popen, words: Sequence[str]) -> resource.struct_rusage:
+    """Wait until a process, of these words, has ended, and return what it has used.
 
     Raises:
         SystemExit: it failed.
@@ -272,7 +272,7 @@ def _end(process: subprocess.Popen) -> resource.struct_rusage:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(process.args)} ended with {process.returncode}")
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
     return usage
 
 
@@ -327,7 +327,7 @@ def _evaluate(python: str, run_dir: Path, scenes: int, options: argparse.Namespa
     with subprocess.Popen(
         words, cwd=run_dir.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        usage = _end(process)
+        usage = _end(process, words)
     return usage.ru_utime + usage.ru_stime, largest_size(usage)
 
 

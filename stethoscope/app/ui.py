@@ -262,8 +262,9 @@ class AskTab:
     def _pick(self, event: gr.EventData) -> Any:
         """Put an example into the picture's field."""
         index = getattr(event, "index", None)
-        known = isinstance(index, int) and 0 <= index < len(self._examples)
-        return str(self._examples[index].file) if known else gr.skip()
+        if isinstance(index, int) and 0 <= index < len(self._examples):
+            return str(self._examples[index].file)
+        return gr.skip()
 
     def _stop(self, request: gr.Request) -> Iterator[str]:
         """Show what is left of the conversation."""
@@ -356,8 +357,9 @@ class RunTab:
         self._report.draw(self._runs.figures, chosen, self._report, **options)
         inputs, asking = [self._asking.model, *chosen], self._asking
         outputs = [tabs, asking.picture, asking.question, asking.model, self._run, asking.view]
-        options |= {"concurrency_id": MODEL, "concurrency_limit": 1}
-        return [look(self._open_sample, inputs, outputs, **options) for look in (self._list.look, asking.view.look)]
+        looks = (self._list.look, asking.view.look)
+        by_model = {**options, "concurrency_id": MODEL, "concurrency_limit": 1}
+        return [look(self._open_sample, inputs, outputs, **by_model) for look in looks]
 
     # --- answers to events of the page --------------------------------------------------------------------------------
 

@@ -130,18 +130,10 @@ def report_untraced(store: RunStore, task: str) -> None:
     )
 
 
-def print_shift(detector: Detector, table: pd.DataFrame) -> None:
-    """Print whether a run is like the pictures that its detector was calibrated on; nothing without a monitor."""
-    shift = detector.shift(table)
-    if shift is not None:
-        print(f"detector: {shift.sentence}")
-
-
 def run(config: DictConfig) -> None:
     """Trace the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
-    from stethoscope.detection.lookup import load_detector, mention_warnings, write_warnings
+    from stethoscope.detection.lookup import load_detector
     from stethoscope.evaluation.evaluator import Evaluator
-    from stethoscope.tasks.extraction import other_words
 
     folder = Path(config.run)
     saved = saved_config(folder)
@@ -178,14 +170,7 @@ def run(config: DictConfig) -> None:
     mentions = int((table["is_first_subtoken"] & (table["label"] >= 0)).sum())
     print(f"{len(table)} tokens, {mentions} judged object mentions: {folder / 'tokens.parquet'}")
     if detector is not None:
-        table = matching_columns(table, detector.schema.names, str(folder))
-        warnings = mention_warnings(table, detector)
-        write_warnings(warnings, folder / "warnings.jsonl")
-        print(f"{int(warnings['warned'].sum())} of {len(warnings)} mentions warned: {folder / 'warnings.jsonl'}")
-        if words := other_words(str(getattr(task, "extraction", "")), detector.notes.get("task")):
-            print(f"detector: {words}")
-        else:
-            print_shift(detector, table)
+        _apply(detector, table, task, folder)
     report_untraced(RunStore(folder), task.name)
     report_failures([results], folder)
 
@@ -208,6 +193,21 @@ def _saved_model_and_task(
     if "prompt" in model and model["prompt"] is None:  # a chat template may render another one today
         model["prompt"] = RunStore(folder).model(task.name).get("prompt")
     return build(model, Adapter, "model", config.plugins), task
+
+
+def _apply(detector: Detector, table: pd.DataFrame, task: Task, folder: Path) -> None:
+    """Write the warnings of a saved detector, and say how many there are and whether they can be relied on."""
+    from stethoscope.detection.lookup import mention_warnings, write_warnings
+    from stethoscope.tasks.extraction import other_words
+
+    table = matching_columns(table, detector.schema.names, str(folder))
+    warnings, file = mention_warnings(table, detector), folder / "warnings.jsonl"
+    write_warnings(warnings, file)
+    print(f"{int(warnings['warned'].sum())} of {len(warnings)} mentions warned: {file}")
+    if words := other_words(str(getattr(task, "extraction", "")), detector.notes.get("task")):
+        print(f"detector: {words}")
+    elif (shift := detector.shift(table)) is not None:
+        print(f"detector: {shift.sentence}")
 
 
 def _check_detector(detector: Detector, features: FeatureSet, warn: str, folder: Path, task: str) -> None:

@@ -57,14 +57,8 @@ def run(config: DictConfig) -> None:
     if not config.overwrite:
         keep_detector(folder, detector, shares, config.seed, task, columns)
     targets = [_read_target(config, node, task) for node in as_list(config.test)]
-    if targets:  # a column that the detector does not read need not be there
-        settings = detector.settings
-        names = select_features(feature_names(table), settings["features"], settings["exclude"])
-        names = names if settings["visual_consistency"] else Inputs(tuple(names)).without_evidence
-        table, detector = keep_columns(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
-        for target in targets:
-            matching_columns(target.table, names, target.name)
-            check_same_model(names, store.model(task), target.model, target.name)
+    if targets:
+        table, detector = _shared_features(table, detector, targets, store.model(task))
     with RunLock(folder), loggers_of(config) as loggers:
         remove_temporaries(folder)
         if folder.resolve() != source.resolve():
@@ -98,6 +92,30 @@ def run(config: DictConfig) -> None:
         if results.transfer:
             print(text(transfer_table(results.transfer)))
     print(f"detector: {folder / 'detector'}")
+
+
+def _shared_features(
+    table: pd.DataFrame, detector: Detector, targets: Sequence[Target], model: Mapping[str, Any]
+) -> tuple[pd.DataFrame, Detector]:
+    """Reduce a table and a detector to the features that it reads; others need not be in the tables of ``test``.
+
+    Args:
+        table: that the detector learns from.
+        detector: unfitted.
+        targets: the runs that it is judged on.
+        model: fingerprint of the model that answered.
+
+    Raises:
+        ArtefactError: a run lacks such a feature.
+        ConfigError: a feature is a state of the model, and a run is of another model.
+    """
+    settings = detector.settings
+    names = select_features(feature_names(table), settings["features"], settings["exclude"])
+    names = names if settings["visual_consistency"] else Inputs(tuple(names)).without_evidence
+    for target in targets:
+        matching_columns(target.table, names, target.name)
+        check_same_model(names, model, target.model, target.name)
+    return keep_columns(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
 
 
 def recalibrate(config: DictConfig, source: Path, folder: Path) -> None:

@@ -392,14 +392,14 @@ function openLink() { // of a static page, to a sample
   show();
 }
 
-function look() { // again at a run in progress, while somebody sees it
+function poll() { // look again at a run in progress, while somebody sees it
   timer = 0;
   if (element.offsetParent && !document.hidden && !(editing && editing.form.isConnected)) trigger("refresh", { run, other, state, asked: false });
-  later();
+  pollLater();
 }
 
-function later() {
-  if (!timer && trigger && $("progress").textContent) timer = setTimeout(look, POLL);
+function pollLater() {
+  if (!timer && trigger && $("progress").textContent) timer = setTimeout(poll, POLL);
 }
 
 function named(row) { // with mentions as objects; on the way they are lists, in the order of ``sample_list.sample_rows``
@@ -440,7 +440,7 @@ function receive() {
   choices("task", [...new Set(rows.map((row) => row.task))]);
   if (!same && rows.some((row) => row.fold === "test")) $("fold").value = "test"; // those that the detector has not learned from
   show();
-  later();
+  pollLater();
 }
 
 document.addEventListener("stethoscope-thumbnails", ({ detail }) => {
