@@ -339,8 +339,12 @@ def check_shape(path: object, value: Any, shape: Any, remedy: str = "", name: st
 
 def files_state(paths: Iterable[Path]) -> str:
     """Describe files, so that two descriptions are equal while none has changed; missing ones are left out."""
-    stats = [(path.name, path.stat()) for path in paths if path.exists()]
-    return " ".join(f"{name}-{stat.st_mtime_ns:x}-{stat.st_size:x}" for name, stat in stats)
+    states = []
+    for path in paths:
+        with suppress(FileNotFoundError, NotADirectoryError):  # those of a run in progress come and go
+            status = path.stat()
+            states.append(f"{path.name}-{status.st_mtime_ns:x}-{status.st_size:x}")
+    return " ".join(states)
 
 
 def damaged(path: object, reason: str, remedy: str = "") -> ArtefactError:

@@ -57,20 +57,24 @@ def out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     """Release unreachable objects and torch's cached blocks."""
     gc.collect()
+    if (on_gpu := _torch_on_gpu()) is not None:
+        on_gpu.cuda.empty_cache()
     torch = sys.modules.get("torch")
-    if torch is None:
-        return
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
+    if torch is not None and torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def _torch_on_gpu() -> Any | None:
+    """Return torch if it is imported and has begun to use a GPU."""
+    torch = sys.modules.get("torch")
+    in_use = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch if in_use else None
 
 
 def reset_peak_memory() -> None:
     """Let ``peak_memory`` count from now on, without what was in use before and is free again."""
     free_memory()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if (torch := _torch_on_gpu()) is not None:
         torch.cuda.reset_peak_memory_stats()
         return
     return_memory()
@@ -89,8 +93,7 @@ def peak_memory() -> int | None:
 
     None where the system does not tell, or cannot count anew.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if (torch := _torch_on_gpu()) is not None:
         return int(torch.cuda.max_memory_allocated())
     with suppress(OSError):
         status = Path("/proc/self/status").read_text()

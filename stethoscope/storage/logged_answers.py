@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.images import file_digest
 from stethoscope.core.json_rows import clipped, read_rows, read_text, shown
 from stethoscope.core.text import listed, one_line
 from stethoscope.storage.foreign_logs import READERS
@@ -79,10 +79,15 @@ def read_answers(path: Path, format: str = "auto") -> AnswerLog:
     if not contents.answers:
         raise DataError(f"{path} holds no answer")
     check_distinct(contents.answers)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return AnswerLog(
-        path, taken, digest, contents.engine, contents.model, contents.revision, tuple(contents.answers), contents.notes
+        path=path,
+        format=taken,
+        sha256=file_digest(path),
+        engine=contents.engine,
+        model=contents.model,
+        revision=contents.revision,
+        answers=tuple(contents.answers),
+        notes=contents.notes,
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from helpers.made_up_runs import made_up_run
 
 from stethoscope import Detector
-from stethoscope.commands.train import _tell_of_gaps
+from stethoscope.commands.train import _warn_of_gaps
 from stethoscope.core.token_table import mention_rows
 from stethoscope.core.types import Mention
 from stethoscope.detection import leaderboard
@@ -60,7 +60,7 @@ def test_answers_without_token_rows_are_told(run):
     dog = Mention(0, 3, "dog", 1, 0, 0)
     store.append([Record("chair", f"late-{n}", "late", "all", "x.png", "What?", mentions=(dog,)) for n in range(3)])
     with pytest.warns(UserWarning, match="3 of 3 answers of chair that name an object have no token features"):
-        _tell_of_gaps(RunStore(run), "chair")
+        _warn_of_gaps(RunStore(run), "chair")
 
 
 def _logit(probability):

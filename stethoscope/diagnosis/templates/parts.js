@@ -8,6 +8,12 @@ function make(name, text, kind) {
   return node;
 }
 
+function options(id, pairs) { // the choices of a menu, which keeps what is chosen
+  const before = $(id).value;
+  $(id).replaceChildren(...pairs.map(([value, text]) => Object.assign(make("option", text), { value })));
+  if (pairs.some(([value]) => value === before)) $(id).value = before;
+}
+
 function percent(value) { // as stethoscope.core.text.percent
   if (value > 0 && value < 0.0005) return "<0.1\u00a0%";
   return (100 * value).toFixed(value >= 0.0995 || value === 0 ? 0 : 1) + "\u00a0%";

@@ -25,12 +25,6 @@ function shown(word) {
   return word.trim() === "" ? JSON.stringify(word) : word.trim();
 }
 
-function options(id, pairs) {
-  const before = $(id).value;
-  $(id).replaceChildren(...pairs.map(([value, text]) => Object.assign(make("option", text), { value })));
-  if (pairs.some(([value]) => value === before)) $(id).value = before;
-}
-
 function say(text, error) {
   $("status").textContent = text;
   $("status").classList.toggle("st-error", Boolean(error));

@@ -18,12 +18,6 @@ let opened = null; // on a static page: key of the sample that is looked at, and
 let page = null; // what a static page brings along: pictures, and the colours of heat maps
 let editing = null; // the note that is being written: key, name of the run, the form, which survives a new list, and whether it was sent
 
-function options(id, pairs) {
-  const before = $(id).value;
-  $(id).replaceChildren(...pairs.map(([value, text]) => Object.assign(make("option", text), { value })));
-  if (pairs.some(([value]) => value === before)) $(id).value = before;
-}
-
 function choices(id, values) {
   options(id, [["", "all"], ...values.map((value) => [value, value])]);
   $(id + "-line").hidden = values.length < 2;

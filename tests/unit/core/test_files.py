@@ -3,12 +3,19 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from stethoscope.core import files
 from stethoscope.core.errors import ArtefactError
 from stethoscope.core.types import Generation
+
+
+def test_a_file_that_goes_while_files_are_described_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    monkeypatch.setattr(Path, "exists", lambda path: True)  # as it was a moment ago
+    assert files.files_state([tmp_path / "a", tmp_path / "b"]) == files.files_state([tmp_path / "a"])
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
