@@ -32,7 +32,8 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.adapters.base import Adapter
 from stethoscope.app.model_pool import ModelPool
-from stethoscope.app.runs import Runs, write_examples
+from stethoscope.app.pictures import write_examples
+from stethoscope.app.runs import Runs
 from stethoscope.app.server import own_folder, start
 from stethoscope.app.sessions import Sessions
 from stethoscope.app.ui import build_page

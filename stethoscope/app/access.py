@@ -185,7 +185,10 @@ class AccessMiddleware:
         return None
 
     def _is_further(self, match: re.Match[str], ports: Sequence[str] = tuple(_DEFAULT_PORTS.values())) -> bool:
-        """Tell whether ``hosts`` has a name, alone or with its port; ``ports`` are those of a name without one."""
+        """Tell whether ``hosts`` has a name, alone or with its port.
+
+        ``ports`` are those of a name without one.
+        """
         at_ports = [f"{match[1]}:{port}" for port in ([match[2]] if match[2] else ports)]
         return not {match[1], *at_ports}.isdisjoint(self._hosts)
 
@@ -205,7 +208,9 @@ class AccessMiddleware:
 
 
 def credentials(header: str | None) -> tuple[str, str]:
-    """Read user and password from an ``Authorization`` header of HTTP Basic authentication; both empty without one.
+    """Read user and password from an ``Authorization`` header of HTTP Basic authentication.
+
+    Both are empty without such a header.
 
     >>> credentials("Basic bWU6c2VjcmV0"), credentials("Digest bWU6c2VjcmV0"), credentials(None)
     (('me', 'secret'), ('', ''), ('', ''))

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.app import payload
 from stethoscope.app.model_pool import TRAIN_ONE, ModelPool, Ready
-from stethoscope.app.sessions import NO_PICTURE
+from stethoscope.app.pictures import read_picture
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
-from stethoscope.core.images import file_digest, file_format
+from stethoscope.core.images import file_digest
 from stethoscope.core.text import counted
-from stethoscope.core.types import Answer, Generation, ImageRef, Mention, required
+from stethoscope.core.types import Answer, Generation, Mention, required
 from stethoscope.detection.lookup import AUTO
 from stethoscope.diagnosis import diagnose
 from stethoscope.diagnosis.layers_pass import read_attention
@@ -54,7 +54,6 @@ OTHER_SHAPE = (
     "probability here is calibrated, and no guarantee of its threshold holds."
 )
 EXPORTS = {"json": "application/json", "html": "text/html"}
-BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PAUSE = 0.05  # seconds between two updates of a partial answer; more would be too fast to see or to send
 
 
@@ -124,38 +123,6 @@ class AnswerSession:
 
 Step = tuple[str, AnswerSession | None]
 """JSON for the page, and the answer's session once the answer is complete."""
-
-
-def read_picture(path: str | Path | None) -> Image:
-    """Read an uploaded picture, upright as a viewer would show it.
-
-    Raises:
-        ConfigError: no picture was uploaded.
-        DataError: the file is no picture, is too large, or has been deleted.
-    """
-    if path is None:
-        raise ConfigError("there is no picture yet: upload one, or choose an example")
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(NO_PICTURE)
-    try:
-        return ImageRef(file.name, file).load()
-    except DataError as error:  # without the server's path of the file
-        raise DataError(str(error).replace(str(file), repr(file.name))) from None
-
-
-def displayable(file: Path) -> Path:
-    """Return the file of a picture that every browser shows: the file itself, or a PNG of the same pixels beside it.
-
-    Raises:
-        DataError: the file is no picture, is too large, or has been deleted.
-    """
-    picture = read_picture(file)
-    if file_format(file) in BROWSER_FORMATS:
-        return file
-    copy = file.with_suffix(".png") if file.suffix.lower() != ".png" else file.with_name(f"{file.stem}-shown.png")
-    picture.save(copy)
-    return copy
 
 
 def generation(
@@ -327,7 +294,10 @@ def _generate(
     extractor: MentionExtractor,
     taken: list[TakenBack],
 ) -> Generator[Step, None, Answer]:
-    """Generate the answer, yield its parts for the page, and return it; add to ``taken`` what is taken back of it."""
+    """Generate the answer, yield its parts for the page, and return it.
+
+    What is taken back of it is added to ``taken``.
+    """
     detectors, settings = ready.detectors, question.generation
     if settings.num_beams > 1:
         yield payload.message(f"writing {settings.num_beams} answers side by side …", "busy"), None
@@ -365,7 +335,9 @@ def _generate(
 
 
 def export(pool: ModelPool, session: AnswerSession, kind: str, scope: str, extractor: MentionExtractor) -> str:
-    """Encode the diagnosis of a session as a file: ``json`` (all numbers) or ``html`` (a page that fetches nothing).
+    """Encode the diagnosis of a session as a file.
+
+    ``json`` has all numbers, ``html`` is a page that fetches nothing.
 
     Raises:
         ConfigError: there is no such kind or scope.

@@ -68,7 +68,7 @@ def message(
 
 
 def turn(diagnosis: Diagnosis, answer_id: str) -> dict[str, Any]:
-    """Summarise an answer for the list of its conversation: question, text, and the objects that are warned of.
+    """Summarise an answer for the list of its conversation: question, text, warnings.
 
     Args:
         diagnosis: of the answer.

@@ -1,4 +1,4 @@
-"""Read runs for the second tab, finished ones and those in progress: samples of one or of all, figures, pairs."""
+"""Read runs, finished or in progress, for the second tab: samples, figures, comparisons."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope import testbed
 from stethoscope.app import payload
 from stethoscope.app.answer import Question
 from stethoscope.app.model_pool import ModelPool
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import ArtefactError, ConfigError, StethoscopeError, unknown
 from stethoscope.core.html import data_uri
-from stethoscope.core.types import Generation, ImageRef
+from stethoscope.core.types import Generation
 from stethoscope.diagnosis.viewer_parts import edit_payload
 from stethoscope.report.compare import compare
 from stethoscope.report.run_report import collect_report, table_page
@@ -81,7 +79,10 @@ class Runs:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """Return the readable run directories by name: those that the app was started with first, then the newest."""
+        """Return the readable run directories by name.
+
+        Those that the app was started with come first, then the newest.
+        """
         files = sorted(self._folder.glob("*/samples.jsonl"), key=_modified, reverse=True)
         inside = [file.parent for file in files if self._is_readable(file.parent)]
         named = [(path.resolve().name, path) for path in self._named] + [(path.name, path) for path in inside]
@@ -221,7 +222,9 @@ class Runs:
         return payload.encode("figures", run=name or "", other=other or "", note="making the figures …", wanted=True)
 
     def figures(self, name: str | None, other: str | None = None) -> str:
-        """Encode the page of a run's report, or of the comparison of two runs; an error is shown as a note in it.
+        """Encode the page of a run's report, or of the comparison of two runs.
+
+        An error is shown as a note in it.
 
         Args:
             name: of the run, or ``ALL``, which have no figures in common; None if there is none.
@@ -371,7 +374,10 @@ class Runs:
             return table_page(f"{other} against {name}", tables, sortable=False), " ".join(map(str, remarks))
 
     def _read_samples(self, source: RunReader, task: str) -> dict[str, Sample]:
-        """Read the samples of a task, once for all runs with these settings; the last four tasks stay in memory."""
+        """Read the samples of a task, once for all runs with these settings.
+
+        Those of the last four tasks stay in memory.
+        """
         described = json.dumps([task, source.store.fingerprints().get(task, {}).get("task")], sort_keys=True)
         samples = self._samples.get(described)
         if samples is None:
@@ -416,37 +422,3 @@ def _is_run(folder: Path) -> bool:
 
 def _describe_progress(sources: Sequence[RunReader]) -> str:
     return " ".join(f"{source.name}: {source.progress()}." for source in sources if source.unfinished)
-
-
-@dataclass(frozen=True)
-class ExamplePicture:
-    """A rendered scene to choose from.
-
-    Attributes:
-        file: its picture, in the app's own folder.
-        name: to be read out where the picture is not seen.
-        objects: names of what it shows.
-    """
-
-    file: Path
-    name: str
-    objects: tuple[str, ...]
-
-
-def write_examples(folder: Path, seed: int, count: int = 6) -> list[ExamplePicture]:
-    """Write rendered scenes of the testbed as image files.
-
-    Args:
-        folder: to write to.
-        seed: index of the first scene.
-        count: number of scenes.
-
-    Returns:
-        One example for every scene.
-    """
-    examples = []
-    for scene in testbed.scenes(int(seed) + count)[int(seed) :]:
-        file = folder / f"{scene.id}.png"
-        ImageRef(scene.id, scene.image).load().save(file)
-        examples.append(ExamplePicture(file, f"rendered scene {scene.id}, {scene.setting}", scene.visible))
-    return examples

@@ -148,7 +148,10 @@ class Sessions:
             answered.set()
 
     def wait_until_answered(self, session_hash: str, seconds: float) -> bool:
-        """Wait until no question of a session is being answered, so many seconds at most; return whether it is so."""
+        """Wait until no question of a session is being answered; return whether it is so.
+
+        It waits at most ``seconds``.
+        """
         session = self._sessions.get(session_hash)
         return session is None or session.answered is None or session.answered.wait(seconds)
 

@@ -12,7 +12,8 @@ import gradio as gr
 from stethoscope.app import answer, payload
 from stethoscope.app.access import credentials
 from stethoscope.app.model_pool import ModelPool
-from stethoscope.app.runs import ALL, NO_RUN, ExamplePicture, Runs
+from stethoscope.app.pictures import ExamplePicture, displayable
+from stethoscope.app.runs import ALL, NO_RUN, Runs
 from stethoscope.app.sessions import Sessions
 from stethoscope.core.component import choices
 from stethoscope.core.errors import DataError
@@ -78,7 +79,7 @@ def _component(name: str, value: str, template: str, script: str) -> gr.HTML:
 
 
 class AskTab:
-    """The first tab: a picture and a question, the settings of an answer, and the answer with its diagnosis.
+    """The first tab: picture, question, settings, and the answer with its diagnosis.
 
     Args:
         pool: the models.
@@ -251,10 +252,13 @@ class AskTab:
             return gr.skip()
 
     def _check_picture(self, picture: Mapping[str, Any] | None) -> tuple[Any, Any]:
-        """Read a picture once it is uploaded: what cannot be read goes, and what browsers cannot show is converted."""
+        """Check a picture once it is uploaded, and convert one that browsers cannot show.
+
+        One that cannot be read is taken away.
+        """
         try:
             file = self._own_file(picture)
-            shown = None if file is None else answer.displayable(file)
+            shown = None if file is None else displayable(file)
         except Exception as error:
             return None, payload.failure(error, aside=True)
         return gr.skip() if shown == file else str(shown), gr.skip()
@@ -366,7 +370,10 @@ class RunTab:
     def _open_sample(
         self, request: gr.Request, model: str, shown: str | None, other: str | None, event: gr.EventData
     ) -> Iterator[tuple[Any, ...]]:
-        """Open a sample in the first tab, with its stored answer: from the list, from its neighbour, or by its link."""
+        """Open a sample with its stored answer in the first tab.
+
+        It is asked for from the list, from a neighbour, or by a link.
+        """
         unchanged = gr.skip()
         try:
             run, start = str(event.run), event.mention

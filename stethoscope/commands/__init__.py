@@ -1,4 +1,7 @@
-"""The commands. Each module is imported only when its command runs, so that ``--help`` and ``list`` stay quick."""
+"""The commands, each in a module of its own that is imported only when it runs.
+
+So ``--help`` and ``list`` stay quick.
+"""
 
 HYDRA_COMMANDS = {
     "benchmark": "POPE, CHAIR and the hallucination detector in one run (the default job)",

@@ -38,7 +38,8 @@ def run(config: DictConfig) -> None:
     check_address(str(config.host), int(config.port))
     # after what needs no torch: it takes seconds to load
     from stethoscope.app.model_pool import TRAIN_ONE, ModelPool
-    from stethoscope.app.runs import Runs, write_examples
+    from stethoscope.app.pictures import write_examples
+    from stethoscope.app.runs import Runs
     from stethoscope.tasks.extraction import load_extraction
 
     extractor = load_extraction(config.extraction, config.plugins)

@@ -1,4 +1,4 @@
-"""Implement ``stethoscope benchmark``: POPE, CHAIR, token features and a detector, in one run directory."""
+"""Implement ``stethoscope benchmark``: POPE, CHAIR and a detector in one run directory."""
 
 from __future__ import annotations
 

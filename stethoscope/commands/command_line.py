@@ -180,7 +180,9 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
 
 
 def _setting_of(word: str) -> str:
-    """Guess the setting that a bare word was meant for: the group with such a choice, ``image`` or ``run``.
+    """Guess the setting that a bare word was meant for.
+
+    It is the group with such a choice, ``image`` or ``run``.
 
     >>> _setting_of("chair"), _setting_of("china.jpg"), _setting_of("runs/study")
     ('task', 'image', 'run')
@@ -389,7 +391,10 @@ def strip_quotes(text: str) -> str:
 
 
 def _text(part: Part, path: bool) -> str:
-    """Write text or a path as typed, without quotes around it; null and None mean no value, unless they are quoted."""
+    """Write text or a path as typed, without quotes around it.
+
+    ``null`` and ``None`` mean no value, unless they are quoted.
+    """
     if part.source in ("null", "None"):
         return "null"
     text = strip_quotes(part.source)

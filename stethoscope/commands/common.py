@@ -1,4 +1,4 @@
-"""Share helpers of commands: build components, run directory, loggers, non-zero exit when samples failed."""
+"""Share what commands need: components, loggers, given answers, checks of settings."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def loggers_of(config: DictConfig) -> Iterator[Loggers]:
 
 
 def build_generation(config: Mapping[str, Any], plugins: Sequence[str]) -> Generation:
-    """Build the settings of generation, with the method of the configuration's ``mitigation`` group where it has one.
+    """Build the settings of generation, with the chosen mitigation if there is one.
 
     Args:
         config: a composed configuration, or that of a run as plain data.
@@ -173,7 +173,10 @@ def make_evaluator(
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Evaluator:
-    """Build the evaluator of a command that generates answers, with callbacks besides those of the configuration."""
+    """Build the evaluator of a command that generates answers.
+
+    ``callbacks`` come in addition to those of the configuration.
+    """
     from stethoscope.evaluation.evaluator import Evaluator
 
     return Evaluator(
@@ -222,7 +225,7 @@ def answer(
 
 
 def given_answers(config: DictConfig, task: str) -> AnswerLog | None:
-    """Read the log of answers that the configuration names for a task; None where the model is to answer it.
+    """Read the log of answers that the configuration names for a task; None without one.
 
     Raises:
         ConfigError: ``answers.file`` is neither a path nor a mapping of paths by the name of the task, or

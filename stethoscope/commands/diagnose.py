@@ -43,7 +43,10 @@ MOST = 5  # mentions that are explained in the terminal
 
 
 def run(config: DictConfig) -> None:
-    """Diagnose, print and write an answer; errors of the configuration are raised before the model is loaded."""
+    """Diagnose, print and write an answer.
+
+    Errors of the configuration are raised before the model is loaded.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from stethoscope.detection.detector import Detector
@@ -165,7 +168,9 @@ def show(diagnosis: Diagnosis, name: str, method: str = "") -> None:
 
 
 def answer_text(diagnosis: Diagnosis) -> Text:
-    """Colour the answer: objects redder the more doubtful, or without a detector tokens by their improbability.
+    """Colour the answer: the more doubtful an object, the redder.
+
+    Without a detector, tokens are coloured by their improbability.
 
     Warned mentions are followed by their probability, so that they can be seen without colour.
     """
@@ -214,7 +219,7 @@ def _truth(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def _reasons(diagnosis: Diagnosis, mention: DiagnosedMention) -> Iterator[str]:
-    """Yield lines about one mention: how doubtful it is and why, and the regions of the picture it came from."""
+    """Yield lines about one mention: how doubtful it is, why, and where in the picture it came from."""
     first = f"{mention.object}:"
     verdict = mention.verdict
     if verdict is not None:

@@ -99,7 +99,10 @@ def _requirements(extra: str) -> list[Requirement]:
 
 
 def _installed(requirement: Requirement) -> tuple[str, bool]:
-    """Return the installed version of a package, empty if none is, and whether it satisfies the requirement."""
+    """Return the installed version of a package, and whether it satisfies the requirement.
+
+    The version is empty if the package is not installed.
+    """
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:

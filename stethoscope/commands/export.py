@@ -1,4 +1,4 @@
-"""Implement ``stethoscope export``: write a finished run in the form of other tools, without loading a model."""
+"""Implement ``stethoscope export``: write a finished run for other tools, without a model."""
 
 from __future__ import annotations
 

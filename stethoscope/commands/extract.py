@@ -131,7 +131,10 @@ def report_untraced(store: RunStore, task: str) -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Trace the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
+    """Trace the stored answers through the model that wrote them.
+
+    With ``warn``, a saved detector is applied too.
+    """
     from stethoscope.detection.lookup import load_detector
     from stethoscope.evaluation.evaluator import Evaluator
 
@@ -196,7 +199,7 @@ def _saved_model_and_task(
 
 
 def _apply(detector: Detector, table: pd.DataFrame, task: Task, folder: Path) -> None:
-    """Write the warnings of a saved detector, and say how many there are and whether they can be relied on."""
+    """Write the warnings of a saved detector, and say whether they can be relied on."""
     from stethoscope.detection.lookup import mention_warnings, write_warnings
     from stethoscope.tasks.extraction import other_words
 
@@ -211,7 +214,11 @@ def _apply(detector: Detector, table: pd.DataFrame, task: Task, folder: Path) ->
 
 
 def _check_detector(detector: Detector, features: FeatureSet, warn: str, folder: Path, task: str) -> None:
-    """Raise ``ConfigError`` where the run's model or the chosen features are not those that the detector reads."""
+    """Check that the run's model and the chosen features are those that the detector reads.
+
+    Raises:
+        ConfigError: they are not.
+    """
     check_same_model(detector.features, detector.notes.get("model") or {}, RunStore(folder).model(task), str(folder))
     lacking = sorted({feature_of(column) for column in detector.schema.names} - set(features.names))
     if lacking:

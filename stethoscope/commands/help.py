@@ -1,4 +1,4 @@
-"""Write the help of ``stethoscope COMMAND --help``: its groups, and its settings with their files' comments."""
+"""Write the help of ``stethoscope COMMAND --help``: groups, settings and their comments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class Comments:
 
 
 def help_text(command: str, overrides: Sequence[str], folder: str | None = None) -> str:
-    """Write a command's help for the configuration that overrides choose: ``task=chair`` explains CHAIR's settings.
+    """Write a command's help for the configuration that overrides choose.
+
+    With ``task=chair`` it explains CHAIR's settings.
 
     Args:
         command: a file of ``conf`` with a ``hydra.help.template``.

@@ -1,4 +1,7 @@
-"""Implement ``stethoscope judge``: hallucination probabilities for captions of any model. Imports no torch."""
+"""Implement ``stethoscope judge``: hallucination probabilities for captions of any model.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +166,10 @@ def read_rows(lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
 
 
 class FileProgress:
-    """A bar with captions, rate and time left for files that take longer; plain lines where there is no terminal."""
+    """Progress through a file: a bar in a terminal, plain lines elsewhere.
+
+    Nothing is shown for a file that is read quickly.
+    """
 
     def __init__(self, source: Path) -> None:
         """Measure the file; nothing is shown in the first second."""

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _names_by_group(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Read the command line: names by the group that they follow; every group without names where none is given.
+    """Read the command line: names by the group that they follow; all groups if there are none.
 
     Raises:
         ConfigError: a word is an option, or neither a group nor, after one, a name in it.
@@ -70,7 +70,7 @@ def _print_choices(group: str, names: Sequence[str]) -> None:
 
 
 def _print_features(names: Sequence[str]) -> None:
-    """Print named sets and the registry, or what the names stand for, with all that is known of single features."""
+    """Print named sets and single features, or explain those that are named."""
     from stethoscope.features import FEATURES
 
     sets, own = choices("features"), {item.group for item in FEATURES.values()}

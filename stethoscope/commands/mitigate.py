@@ -1,4 +1,4 @@
-"""Implement ``stethoscope mitigate``: methods against hallucinations beside greedy decoding and trivial controls."""
+"""Implement ``stethoscope mitigate``: compare methods against hallucinations with controls."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ class MethodRun:
 
 
 def run(config: DictConfig) -> None:
-    """Run every method and compare them; errors of the configuration are raised before the model is loaded."""
+    """Run every method and compare them.
+
+    Errors of the configuration are raised before the model is loaded.
+    """
     from stethoscope.report.metrics_tables import print_table
     from stethoscope.report.mitigation_table import compare_methods, method_tables
 
@@ -191,7 +194,7 @@ def check(config: DictConfig, adapter: Adapter, chair: Task, runs: Sequence[Meth
 
 
 def detector_folders(config: DictConfig, adapter: Adapter, runs: Sequence[MethodRun]) -> list[Path]:
-    """List the folders of all detectors: that which judges what was written, where there is one, and the methods'.
+    """List the folders of all detectors: the one that judges, and those of the methods.
 
     Args:
         config: of the command.
@@ -373,7 +376,10 @@ def stopped_early(
 
 
 def write(folder: Path, comparison: MethodComparison, tables: Sequence[Table]) -> None:
-    """Write the comparison into the run directory: ``mitigation.md``, ``mitigation.json`` and ``frontier.svg``."""
+    """Write the comparison into the run directory.
+
+    Files are ``mitigation.md``, ``mitigation.json`` and ``frontier.svg``.
+    """
     from stethoscope.report.mitigation_table import frontier
 
     plot = frontier(comparison)

@@ -58,7 +58,9 @@ _LOGGER_SETTING = re.compile(r"(?P<sign>\+\+?|~)?logger\.(?P<name>[^.=]+)")
 
 
 def name_loggers(words: Sequence[str], command: str, folder: str | None = None) -> list[str]:
-    """Complete the short form of settings of loggers, ``logger.mode=online`` for ``logger.wandb.mode=online``.
+    """Complete the short form of loggers' settings.
+
+    ``logger.mode=online`` stands for ``logger.wandb.mode=online``.
 
     Args:
         words: overrides in Hydra's grammar; those about ``logger`` say which are chosen.
@@ -110,7 +112,9 @@ def name_loggers(words: Sequence[str], command: str, folder: str | None = None) 
 
 
 def complete_choices(words: Sequence[str], folder: str | None = None) -> list[str]:
-    """Write out choices that stand for more than a file: a model by its hub id or folder, several feature sets.
+    """Write out choices that stand for more than one file.
+
+    These are a model by its hub id or folder, and several feature sets.
 
     Args:
         words: overrides as typed.
@@ -279,7 +283,10 @@ def _offending(key: str, overrides: Sequence[str]) -> str:
 
 
 def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[str]:
-    """List the dotted keys and groups of the command's configuration, composed without the offending override."""
+    """List the dotted keys and groups of a command's configuration.
+
+    It is composed without the offending override.
+    """
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
@@ -316,7 +323,7 @@ def _unknown_setting(key: str, known: Sequence[str]) -> str:
 
 
 def check_config(config: Mapping[str, Any], command: str, words: Sequence[str]) -> None:
-    """Check a composed configuration before anything is loaded: its settings, their values, and what holds others.
+    """Check a composed configuration before anything is loaded.
 
     Args:
         config: the composed configuration.
@@ -332,7 +339,9 @@ def check_config(config: Mapping[str, Any], command: str, words: Sequence[str]) 
 
 
 def check_settings(config: Mapping[str, Any], command: str, words: Sequence[str]) -> None:
-    """Check that a composed configuration has no setting which the command cannot use, as of another's experiment.
+    """Check that a configuration has no setting that the command cannot use.
+
+    Experiments of other commands bring such settings.
 
     Args:
         config: the composed configuration.
@@ -355,13 +364,18 @@ def check_settings(config: Mapping[str, Any], command: str, words: Sequence[str]
 
 
 def settings_of(command: str) -> set[str]:
-    """Return the names at the top of a command's configuration: its own, those of files it includes, and its groups."""
+    """Return the names at the top of a command's configuration.
+
+    These are its own, those of files that it includes, and its groups.
+    """
     settings, choices = command_file(command)
     return {str(name) for file in settings for name in file} | {choice.package.partition(".")[0] for choice in choices}
 
 
 def check_mappings(config: Mapping[str, Any], command: str) -> None:
-    """Check that settings which hold others still do: ``split=0.5`` would replace ``split.train`` and the rest.
+    """Check that settings which hold others still do.
+
+    ``split=0.5`` would replace ``split.train`` and the rest.
 
     Args:
         config: the composed configuration.

@@ -1,4 +1,4 @@
-"""Implement ``stethoscope report``: tables, plots and a gallery of a finished run, without loading a model."""
+"""Implement ``stethoscope report``: tables, plots and examples of a run, without a model."""
 
 from __future__ import annotations
 

@@ -58,7 +58,9 @@ class Sweep:
 
     @classmethod
     def of(cls, command: str, words: Sequence[str]) -> Sweep:
-        """Create the sweep of a command line; the same overrides give the same folder, so that it can be resumed.
+        """Create the sweep of a command line.
+
+        The same overrides give the same folder, so that it can be resumed.
 
         Its folder is ``runs/<name>`` where the name is given, else ``runs/sweep-<command>-<what is swept>``.
 
@@ -92,7 +94,10 @@ class Sweep:
         return [f"hydra.sweep.dir={quote(str(self.folder))}", "hydra/hydra_logging=none"]
 
     def own_settings(self, words: Sequence[str]) -> list[str]:
-        """Return the overrides without ``name=``, where that only names the sweep: ``train``'s jobs have no name."""
+        """Return the overrides without ``name=`` where that only names the sweep.
+
+        Jobs of ``train`` have no name.
+        """
         if "name" in settings_of(self.command):
             return list(words)
         return [word for word in words if not (word.startswith("name=") and _read(word) is not None)]
@@ -194,14 +199,14 @@ class Sweep:
 
 
 def _task_of(plugins: Collection[str], source: Any, name: str) -> Any:
-    """Make a task of a run again, without the network; ``plugins`` are those that the jobs were started with."""
+    """Make a task of a run again; ``plugins`` are those that the jobs were started with."""
     from stethoscope.storage.run_dir import saved_task
 
     return saved_task(source.store, name, sorted(plugins))
 
 
 def _loggers_of(config: DictConfig) -> dict[str, dict[str, Any]]:
-    """Return the settings of the loggers by their paths, but for those that write nothing beyond ``events.jsonl``."""
+    """Return the settings of the loggers, by their paths, that write more than ``events.jsonl``."""
     from stethoscope.commands.common import logger_settings
 
     return {

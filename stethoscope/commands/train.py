@@ -1,4 +1,4 @@
-"""Implement ``stethoscope train``: train a detector on the token table of a run, and compare it with baselines."""
+"""Implement ``stethoscope train``: fit a detector to a run and compare it with baselines."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def run(config: DictConfig) -> None:
 def _shared_features(
     table: pd.DataFrame, detector: Detector, targets: Sequence[Target], model: Mapping[str, Any]
 ) -> tuple[pd.DataFrame, Detector]:
-    """Reduce a table and a detector to the features that it reads; others need not be in the tables of ``test``.
+    """Reduce a table and a detector to the features that the detector reads.
+
+    The tables of ``test`` need no others.
 
     Args:
         table: that the detector learns from.
@@ -119,7 +121,7 @@ def _shared_features(
 
 
 def recalibrate(config: DictConfig, source: Path, folder: Path) -> None:
-    """Calibrate the detector ``recalibrate`` for the pictures of this run, with its labels or (``labels=0``) without.
+    """Calibrate a saved detector for the pictures of this run, with its labels or without.
 
     Raises:
         ConfigError: ``labels`` is no number of pictures, or the run lacks a column of the detector.

@@ -1,4 +1,7 @@
-"""A least-recently-used cache, bounded by the number of its values or by their total size; threads may share it."""
+"""Keep what was used most recently, up to a number of values or a total size.
+
+Threads may share a cache.
+"""
 
 from __future__ import annotations
 

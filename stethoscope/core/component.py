@@ -24,7 +24,7 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 
 def package_names(text: str) -> list[str]:
-    """Split the package names of the setting ``plugins``, with or without the brackets of the other commands.
+    """Split the package names of the setting ``plugins``, with or without brackets.
 
     >>> package_names("[mine,yours]"), package_names("mine"), package_names("")
     (['mine', 'yours'], ['mine'], [])
@@ -33,7 +33,7 @@ def package_names(text: str) -> list[str]:
 
 
 def _as_names(plugins: str | Sequence[str] | None) -> Sequence[str]:
-    """Return the names of the setting ``plugins``, of which a single one may come without a list around it."""
+    """Return the names of the setting ``plugins``; a single one may come without a list."""
     return [plugins] if isinstance(plugins, str) else plugins or ()
 
 
@@ -56,7 +56,7 @@ def import_plugins(plugins: str | Sequence[str] | None) -> None:
 
 
 def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
-    """Import the class or function of a dotted path, if an allowed package defines it at the top of a module.
+    """Import the class or function of a dotted path, if an allowed package defines it.
 
     Nothing outside the allowed packages is imported for the check, and names that they import from elsewhere do not
     count: of ``stethoscope.core.token_table.pd.read_pickle`` not even ``...token_table.pd`` is looked up.
@@ -159,7 +159,10 @@ def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugi
 
 
 def _special_keys(node: Any, path: str) -> Iterator[str]:
-    """Yield the dotted path of every key below a node that Hydra would act on (``_target_``, ``_args_``, ...)."""
+    """Yield the dotted paths of keys below a node that Hydra would act on.
+
+    These are ``_target_``, ``_args_`` and the like.
+    """
     if isinstance(node, Mapping):
         for name, value in node.items():
             if isinstance(name, str) and name.startswith("_") and name.endswith("_") and name.strip("_"):
@@ -178,7 +181,10 @@ def _reason(error: BaseException) -> str:
 
 
 def conf_folder() -> Path:
-    """Return the folder of configuration files: beside the code in a checkout, inside an installed package."""
+    """Return the folder of configuration files.
+
+    It lies beside the code in a checkout, and inside an installed package.
+    """
     import stethoscope.conf
 
     return Path(stethoscope.conf.__file__).parent

@@ -68,7 +68,9 @@ def _write(file: Path, known: dict[str, str]) -> None:
 
 
 def source_digest(*classes: type) -> str:
-    """Compute a digest of the source files of classes: 16 hexadecimal digits of a SHA-256 over names and bytes.
+    """Compute a digest of the source files of classes.
+
+    It is 16 hexadecimal digits of a SHA-256 over names and bytes.
 
     These are the modules of every class and its bases, and the modules of the same package that those import at their
     top: for ``stethoscope.tasks.pope`` the modules of ``stethoscope.tasks`` that it uses, but not those of
@@ -101,7 +103,7 @@ def _sources(classes: Sequence[type]) -> dict[str, bytes]:
 
 
 def _interactive_source(cls: type) -> bytes:
-    """Return the source of a class that was typed into a notebook or interpreter; empty where it is not kept."""
+    """Return the source of a class typed into a notebook or interpreter; empty if not kept."""
     try:
         return inspect.getsource(cls).encode()
     except (OSError, TypeError):

@@ -1,4 +1,7 @@
-"""Define the errors a user can cause; each message is one line: what is wrong, the value, what would be right."""
+"""Define the errors a user can cause.
+
+Each message is one line: what is wrong, the value, what would be right.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ class ArtefactError(StethoscopeError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 300 characters; the name of its type where it has none.
+    """Return the first line of an error's message, or else the name of its type.
+
+    It is cut after 300 characters.
 
     >>> first_line(ValueError("bad magic\\nsee the log")), first_line(KeyboardInterrupt())
     ('bad magic', 'KeyboardInterrupt')
@@ -59,7 +64,7 @@ def check_list(name: str, expected: str, items: object, kind: type = Iterable) -
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Write the message for an unknown name, with close matches or names that begin so, and the known names.
+    """Write the message for an unknown name, with close matches and the known names.
 
     >>> unknown("task", "popee", ["pope", "chair"])
     "unknown task 'popee'; did you mean 'pope'? There are: chair, pope"

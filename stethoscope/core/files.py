@@ -55,7 +55,7 @@ def as_path(path: object, name: str) -> Path:
 
 @contextmanager
 def writing_out(out: str | os.PathLike) -> Iterator[None]:
-    """Turn errors of the disk within the block into one line about ``out``, the setting that says where to write.
+    """Turn disk errors within the block into one line about the setting ``out``.
 
     Raises:
         ConfigError: nothing can be written there.
@@ -106,7 +106,9 @@ def write_json(path: str | os.PathLike, value: Any, indent: int | None = 1) -> N
 
 
 def jsonable(value: Any) -> Any:
-    """Convert a value to plain JSON types: sets sorted, paths by their last part, other objects by ``str``.
+    """Convert a value to plain JSON types.
+
+    Sets are sorted, paths become their last part, and other objects are written by ``str``.
 
     >>> jsonable({"needs": {"lens", "blank"}, "file": Path("/data/coco/val2014"), "tau": (0.5, None)})
     {'needs': ['blank', 'lens'], 'file': 'val2014', 'tau': [0.5, None]}
@@ -131,7 +133,9 @@ def jsonable(value: Any) -> Any:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links; the target appears whole.
+    """Give a file a second name, or copy it where there are no hard links.
+
+    The target appears whole.
 
     Only for files that are replaced and never written into: see ``unshare``.
     """
@@ -148,7 +152,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def unshare(path: Path) -> None:
-    """Copy a file that has further names (hard links), so that what is appended to it appears under this name only."""
+    """Copy a file that has hard links, so that appending changes it under this name only."""
     if path.is_file() and path.stat().st_nlink > 1:
         with path.open("rb") as source, replacing(path) as target:
             shutil.copyfileobj(source, target)
@@ -338,7 +342,10 @@ def check_shape(path: object, value: Any, shape: Any, remedy: str = "", name: st
 
 
 def files_state(paths: Iterable[Path]) -> str:
-    """Describe files, so that two descriptions are equal while none has changed; missing ones are left out."""
+    """Describe files, so that two descriptions are equal while none has changed.
+
+    Missing files are left out.
+    """
     states = []
     for path in paths:
         with suppress(FileNotFoundError, NotADirectoryError):  # those of a run in progress come and go
@@ -372,7 +379,7 @@ def plain_json(text: str) -> Any:
 
 
 def _finite(text: str) -> float:
-    """Convert a number of a JSON file, or one of the words NaN, Infinity and -Infinity, which Python accepts there."""
+    """Convert a number of a JSON file; refuse NaN, Infinity and numbers that are too large."""
     if text.endswith(("NaN", "Infinity")):
         raise ValueError(f"{text} is not a JSON value")
     number = float(text)
@@ -383,7 +390,10 @@ def _finite(text: str) -> float:
 
 @cache
 def _plain_loader() -> type:
-    """Define PyYAML's safe loader without aliases and deep nesting; in a function, as yaml is imported late."""
+    """Define PyYAML's safe loader without aliases and deep nesting.
+
+    It is defined in a function, as yaml is imported late.
+    """
     import yaml
 
     class PlainLoader(yaml.SafeLoader):

@@ -46,7 +46,7 @@ def json_text(data: Any) -> str:
 
 
 def json_block(data: Any) -> Markup:
-    """Write JSON-able data for the page's script into a ``<script id="data">`` element, which browsers do not run.
+    """Write data for the page's script into a ``<script id="data">`` that browsers do not run.
 
     >>> print(json_block({"text": "</script><b>"}))
     <script type="application/json" id="data">{"text":"\\u003c/script\\u003e\\u003cb\\u003e"}</script>

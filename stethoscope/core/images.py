@@ -1,4 +1,4 @@
-"""Decode any image file to the RGB image that a person would see, and summarise its pixels in a few numbers.
+"""Decode any image file to the RGB image that a person would see, and profile its pixels.
 
 :func:`read_image` is the only place of the product that decodes image files: formats are allowed by name, and pixels
 are counted before they are decoded. :func:`picture_profile` is what a monitor compares the pictures of a run with those
@@ -57,7 +57,7 @@ _BROKEN_EXIF = (struct.error, SyntaxError, ValueError, TypeError, KeyError, Inde
 def read_image(
     source: Path | bytes, name: str, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS
 ) -> Image:
-    """Decode an image file, or the bytes of one, to RGB (see :func:`rgb`); of an animation the first frame.
+    """Decode an image file, or the bytes of one, to RGB; of an animation the first frame.
 
     Args:
         source: path of a regular file, or the file's bytes.
@@ -230,7 +230,7 @@ def pixel_digest(image: Image) -> str:
 
 
 def rgb(image: Image, name: str = "image") -> Image:
-    """Convert an image to RGB, 8 bits per channel, rotated as its EXIF data says, over white where transparent.
+    """Convert an image to upright RGB of 8 bits, over white where it is transparent.
 
     Sixteen bits are scaled (65535 becomes 255); of an animation the current frame is taken, the first after opening.
     An image that is RGB and upright already is returned unchanged.
@@ -268,7 +268,10 @@ def _upright(image: Image) -> Image:
 
 
 def _eight_bits(image: Image, name: str) -> Image:
-    """Scale greyscale of 16 or 32 bits to 8; the largest value decides the range where the format leaves it open."""
+    """Scale greyscale of 16 or 32 bits to 8.
+
+    Where the format leaves the range open, the largest value decides it.
+    """
     from PIL import Image as Images
 
     values = np.asarray(image)
@@ -299,7 +302,10 @@ def _over_background(image: Image) -> Image:
 
 
 def _bands(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yield first and last row (exclusive) of bands of an image, so that large ones are never copied as a whole."""
+    """Yield first and last row (exclusive) of bands of an image.
+
+    Large images are thus never copied as a whole.
+    """
     step = max(1, _BAND // columns)
     for first in range(0, rows, step):
         yield first, min(rows, first + step)
@@ -366,7 +372,10 @@ def _counts(values: np.ndarray) -> np.ndarray:
 
 
 def _quantiles(counts: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
-    """Compute what ``np.quantile`` does of whole numbers, from their ``_counts``: a tenth of the time of sorting."""
+    """Compute quantiles as ``np.quantile`` does, from the ``_counts`` of whole numbers.
+
+    That takes a tenth of the time of sorting.
+    """
     upto = counts.cumsum()  # number of values up to each
     ranks, below, above = _ranks(int(upto[-1]), shares)
     lower, upper = upto.searchsorted(below, side="right"), upto.searchsorted(above, side="right")
@@ -381,7 +390,10 @@ def _ranks(size: int, shares: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray
 
 
 def profile_text(picture: Image) -> str:
-    """Write a picture's profile as the text of the token table's column ``picture``: numbers between blanks."""
+    """Write a picture's profile as text, for the column ``picture`` of the token table.
+
+    Numbers stand between blanks.
+    """
     return " ".join([f"{value:.6g}" for value in picture_profile(picture).tolist()])
 
 

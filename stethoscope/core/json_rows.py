@@ -1,4 +1,6 @@
-"""Read JSON objects and text that users write, and check them. Errors are one line that names the file and the line.
+"""Read and check JSON objects and text that users write.
+
+Errors are one line that names the file and the line.
 
 JSON Schemas, published as they are, say what lines and files hold. They may carry two keywords of ours, which other
 validators ignore. ``x-message`` is what to say of a wrong value: ``{value}`` stands for it, ``{type}`` for its Python
@@ -55,7 +57,9 @@ def shown(value: object) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a whole text file as UTF-8, or as UTF-16 or UTF-32 by its byte order mark; lines end with a newline.
+    """Read a whole text file as UTF-8, or as its byte order mark says.
+
+    Lines end with a newline.
 
     Raises:
         DataError: it is missing, cannot be read or is not text; archives and the like are called what they are.
@@ -97,7 +101,9 @@ class JsonRow(NamedTuple):
 
 
 def read_rows(path: Path, keys: Iterable[str], nulls: bool = True) -> Iterator[JsonRow]:
-    """Yield the objects of a JSON file: one on each line, one after another over several lines, or all in one list.
+    """Yield the objects of a JSON file.
+
+    They stand one on each line, one after another over several lines, or all in one list.
 
     Args:
         path: of the file, whatever its ending.
@@ -209,7 +215,10 @@ def _skip_blanks(text: str, offset: int = 0) -> int:
 
 
 def _value(text: str, offset: int, path: Path, line: int | None = None) -> tuple[Any, int]:
-    """Read the JSON value at an offset of a text, and its end; ``line`` where the text is one line of a file."""
+    """Read the JSON value at an offset of a text, and return it with its end.
+
+    ``line`` is given where the text is one line of a file.
+    """
     try:
         value, end = _DECODER.raw_decode(text, offset)
         if "\\u" in text[offset:end]:
@@ -275,7 +284,10 @@ def read_schema(name: str) -> dict[str, Any]:
 
 @cache
 def _validator(name: str) -> Callable[[Any], Any]:
-    """Compile a schema to a function that raises an error: 2 us for a line of ten keys, where jsonschema needs 37."""
+    """Compile a schema to a function that raises an error.
+
+    It needs 2 us for a line of ten keys, where jsonschema needs 37.
+    """
     import fastjsonschema  # here, so that light commands do not import it
 
     return fastjsonschema.compile(read_schema(name), use_default=False, use_formats=False)

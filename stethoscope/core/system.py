@@ -1,4 +1,4 @@
-"""Handle out-of-memory and disk errors, signals, closed pipes, errors of models, and the launcher's ranks."""
+"""Handle errors of memory, disk and models, signals, closed pipes and the launcher's ranks."""
 
 from __future__ import annotations
 
@@ -83,13 +83,18 @@ def reset_peak_memory() -> None:
 
 
 def return_memory() -> None:
-    """Return freed memory to the system, such as Pillow's blocks of 16 MiB, which the C library would keep."""
+    """Return freed memory to the system, which the C library would keep.
+
+    Pillow alone holds blocks of 16 MiB.
+    """
     with suppress(AttributeError, OSError, TypeError):  # only glibc has this function
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory() -> int | None:
-    """Return the largest memory since ``reset_peak_memory``, in bytes: torch's on a GPU, else that of the process.
+    """Return the largest memory since ``reset_peak_memory``, in bytes.
+
+    It is torch's on a GPU, else that of the process.
 
     None where the system does not tell, or cannot count anew.
     """
@@ -110,7 +115,7 @@ def raised_here(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class ModelFaults(AbstractContextManager[None]):
-    """Turns errors of a model, processor, tokenizer or template within the block into an error of one line.
+    """Turns errors of a model, processor or template within the block into one line.
 
     Errors of this package's own code and lack of memory pass unchanged.
 
@@ -142,7 +147,10 @@ def describe_error(error: BaseException) -> str:
 
 @contextmanager
 def _signal_handlers(handlers: Mapping[int, Any]) -> Iterator[None]:
-    """Set the handlers of signals, by their numbers, within the block; in threads but the main one nothing is set."""
+    """Set the handlers of signals, by their numbers, within the block.
+
+    In threads but the main one nothing is set.
+    """
     if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
         yield
         return
@@ -155,7 +163,9 @@ def _signal_handlers(handlers: Mapping[int, Any]) -> Iterator[None]:
 
 
 def default_signals() -> AbstractContextManager[None]:
-    """Let Ctrl-C and SIGTERM end the process at once within the block, even while a C function never returns.
+    """Let Ctrl-C and SIGTERM end the process at once within the block.
+
+    They do so even while a C function never returns.
 
     Only for steps before anything has begun that should be ended properly.
     """

@@ -294,7 +294,9 @@ def _is_maskable(value: Any) -> bool:
 
 
 def redact_text(text: str, environment: bool = True) -> str:
-    """Mask secrets in a text: credentials in URLs, tokens of known forms, values of secret environment variables.
+    """Mask secrets in a text.
+
+    These are credentials in URLs, tokens of known forms, and values of secret environment variables.
 
     >>> redact_text("no answer from https://me:pw@host/x?token=abc"), redact_text("model.hub_token=abc limit=3")
     ('no answer from https://***@host/x?token=***', 'model.hub_token=*** limit=3')

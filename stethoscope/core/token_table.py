@@ -85,7 +85,9 @@ def feature_names(table: pd.DataFrame) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class FeatureSchema:
-    """The names of a set of features. Two schemas are equal in ``hash`` if they have the same names, in any order.
+    """The names of a set of features.
+
+    Two schemas are equal in ``hash`` if they have the same names, in any order.
 
     >>> FeatureSchema(("a", "b")).hash == FeatureSchema(("b", "a")).hash
     True
@@ -263,7 +265,7 @@ def stem(column: str) -> str:
 
 
 def check_patterns(patterns: Sequence[str], features: Sequence[str], kind: str = "feature") -> None:
-    """Check, before any column is computed, that names or shell patterns can match columns of some features.
+    """Check, before anything is computed, that patterns can match columns of some features.
 
     Args:
         patterns: to check.
@@ -288,7 +290,7 @@ def check_patterns(patterns: Sequence[str], features: Sequence[str], kind: str =
 def select_features(
     names: Sequence[str], include: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Select the names that match an included name or shell pattern and no excluded one, in their own order.
+    """Select the names that match an included pattern and no excluded one, in their order.
 
     Raises:
         ConfigError: a name or pattern matches nothing, or no name is left.

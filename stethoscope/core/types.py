@@ -1,4 +1,4 @@
-"""Define the frozen records that packages exchange: samples, generation settings, answers, mentions and scores.
+"""Define the frozen records that packages exchange: samples, answers, mentions, scores.
 
 Token indices are positions in the *expanded* sequence that the language model reads (image placeholders counted one
 by one); character spans are half-open ``(start, end)`` offsets into ``Answer.text``.
@@ -153,7 +153,7 @@ class Sample:
 
 
 class MitigationMethod(Protocol):
-    """What settings of generation need to know of a mitigation (``stethoscope.mitigation.base.Mitigation``)."""
+    """What settings of generation read of a mitigation (``mitigation.base.Mitigation``)."""
 
     name: ClassVar[str]
     changes_scores: ClassVar[bool]

@@ -113,7 +113,9 @@ def check_limits(pictures: int, patience: float | None = None) -> None:
 
 
 def check_installed(package: str) -> None:
-    """Check, without importing it, that the package of a logger is installed; logger and extra have its name.
+    """Check, without importing it, that the package of a logger is installed.
+
+    Logger and extra have the package's name.
 
     Raises:
         ConfigError: it is not.
@@ -133,7 +135,7 @@ def as_labels(tags: Sequence[str] | str | None) -> tuple[str, ...]:
 
 
 def name_of_run(name: str | None, run_dir: Path | None) -> str | None:
-    """Return the name under which a run is logged: the one that is set, or else the run directory's; None without."""
+    """Return the name that a run is logged under: its own, or else its directory's."""
     return name or (None if run_dir is None else Path(run_dir).resolve().name)
 
 
@@ -184,7 +186,10 @@ class Logger:
         """Log nested settings, added to earlier ones."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log named metrics; ``step`` is the number of samples for a point of a curve, None for a final metric."""
+        """Log named metrics.
+
+        ``step`` is the number of samples for a point of a curve, None for a final metric.
+        """
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a small table; with ``media``, cells may be a ``TablePicture`` or ``Marked`` text."""

@@ -46,7 +46,10 @@ class Loggers(Logger):
             self.log_config(settings)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Send settings to every logger, with secrets masked; sections logged before are completed, not replaced."""
+        """Send settings to every logger, with secrets masked.
+
+        Sections that were logged before are completed, not replaced.
+        """
         new = redact(jsonable(config))
         self._settings = _merged(self._settings, new)
         self._call_all("log_config", {name: self._settings[name] for name in new})
@@ -82,7 +85,10 @@ class Loggers(Logger):
         self._call_with_media("log_folder", name, kind, folder, redact(jsonable(notes)))
 
     def finalize(self, status: str) -> None:
-        """Finish every logger; wait for slow ones, which work at the same time, as long as their patience lasts."""
+        """Finish every logger; wait for slow ones as long as their patience lasts.
+
+        Slow ones work at the same time.
+        """
         self._call_all("finalize", status)
         for logger in self.loggers:
             if logger.patience is not None and id(logger) in self._threads:

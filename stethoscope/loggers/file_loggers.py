@@ -58,7 +58,7 @@ METRIC_COLUMNS = ("time", "step", "name", "value")
 
 
 class CsvLogger(Logger):
-    """Writes ``metrics.csv``, ``settings.csv`` and a file for each table and curve into a folder of the run directory.
+    """Writes metrics, settings, tables and curves as CSV files into the run directory.
 
     ``metrics.csv`` has a line per figure: ``time`` (seconds since 1970), ``step`` (number of samples; empty for a final
     figure), ``name`` and ``value``; a resumed run adds lines. The other files are written anew.

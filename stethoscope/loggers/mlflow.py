@@ -122,7 +122,10 @@ class MlflowLogger(Logger):
             return experiment.experiment_id
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Log parameters by their dotted names; those of an earlier session stay, as MLflow lets none be changed."""
+        """Log parameters by their dotted names.
+
+        Those of an earlier session stay, as MLflow lets none be changed.
+        """
         if self._client is None:
             return
         from mlflow.entities import Param

@@ -72,7 +72,7 @@ class TensorBoardLogger(Logger):
         self._writer.flush()
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Write a table as text, and the pictures of a column as images, with the number of the row as their step."""
+        """Write a table as text, and its pictures as images; their step is the row's number."""
         if self._writer is None:
             return
         import numpy as np

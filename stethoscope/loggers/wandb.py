@@ -190,7 +190,10 @@ class WandbLogger(Logger):
 
 
 def _quiet_settings(wandb: Any) -> Any:
-    """Turn off W&B's console output and the upload of statistics, source code, packages, host and user names."""
+    """Turn off W&B's console output and all that it would upload about the machine.
+
+    That is statistics, source code, packages, host and user names.
+    """
     settings = {
         "silent": True,
         "init_timeout": 180,

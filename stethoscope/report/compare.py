@@ -142,7 +142,7 @@ def _sample_differences(first: RunReader, other: RunReader, task: str, fields: S
 
 
 def paired_table(first: RunReader, other: RunReader, task: Task, names: tuple[str, str]) -> Table:
-    """Compare every metric of a task in two runs, on the samples that both answered and that failed in neither.
+    """Compare every metric of a task in two runs, on the samples that failed in neither.
 
     Args:
         first: a run.
@@ -422,7 +422,9 @@ def compare(sources: Sequence[RunReader], load_task: TaskLoader, common: bool = 
 
 
 def _references(sources: Sequence[RunReader]) -> list[int]:
-    """Return for every run the index of the one that it is compared with: the first, or the first of the same seeds.
+    """Return for every run the index of the run that it is compared with.
+
+    It is the first, or the first of the same seeds.
 
     Seeds count where each is that of several runs, as in a sweep over seeds and something else: a difference of one
     seed's run to another's is noise and effect in one.

@@ -1,4 +1,4 @@
-"""Compute the points of a detector's curves: ROC, precision and recall, AUROC by position, reliability."""
+"""Compute a detector's curves: ROC, precision and recall, AUROC by position, reliability."""
 
 from __future__ import annotations
 

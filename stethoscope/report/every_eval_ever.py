@@ -1,4 +1,4 @@
-"""Write a run in the schema of Every Eval Ever, version 0.3.0 (arXiv 2606.14516; package every-eval-ever).
+"""Write a run in the schema of Every Eval Ever 0.3.0 (arXiv 2606.14516).
 
 Files lie as its data store wants them: ``data/{benchmark}/{developer}/{model}/{uuid}.json`` with the figures of a task
 and their intervals, and ``{uuid}_samples.jsonl`` with a line for every sample whose outcome is known by itself.

@@ -1,4 +1,4 @@
-"""Show examples of a detector's warnings (caught and missed hallucinations, false alarms), and log the detector."""
+"""Show examples of a detector's warnings and misses, and log the detector."""
 
 from __future__ import annotations
 
@@ -225,7 +225,9 @@ def _card(example: Example) -> dict[str, Any]:
 
 
 def log_detector(loggers: Loggers, results: DetectorResults) -> None:
-    """Log the figures of the leader board, one by one but for single features, and as a table with a row each.
+    """Log the figures of the leader board, as metrics and as a table.
+
+    Single features are in the table only.
 
     The main detector's are ``detector/<metric>``, others' ``<kind>/<name>/<metric>``: ``baseline/position/auroc``. An
     undefined value is left out, and empty in the table.

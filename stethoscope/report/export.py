@@ -1,4 +1,4 @@
-"""Read a finished run for other tools: its parts as plain values without secrets, local paths or machine names."""
+"""Read a finished run for other tools, without secrets, local paths or machine names."""
 
 from __future__ import annotations
 
@@ -133,7 +133,10 @@ class RunExport:
         return datetime.fromtimestamp((self.source.folder / "metrics.json").stat().st_mtime, UTC)
 
     def fingerprint(self, task: str, part: str) -> dict[str, Any]:
-        """Return ``adapter``, ``task`` or ``generation`` of what identifies a task's answers; empty without it."""
+        """Return a part of what identifies a task's answers; empty without it.
+
+        ``part`` is ``adapter``, ``task``, ``generation`` or ``answers``.
+        """
         return self._fingerprints[task].get(part) or {}
 
     @cached_property
@@ -141,11 +144,14 @@ class RunExport:
         return redact(self.source.store.fingerprints())
 
     def log(self, task: str) -> dict[str, Any]:
-        """Return what is known of the log that the answers of a task come from; empty where the model wrote them."""
+        """Return what is known of the log that answers come from; empty if the model wrote them."""
         return self.fingerprint(task, "answers")
 
     def generation(self, task: str) -> dict[str, Any]:
-        """Return the settings of decoding, with the longest answer that was applied; none for answers of a log."""
+        """Return the settings of decoding; none for answers of a log.
+
+        ``max_new_tokens`` is the longest answer that was applied.
+        """
         if self.log(task):
             return {}
         chosen = self.fingerprint(task, "generation")
@@ -221,7 +227,10 @@ class RunExport:
             )
 
     def warnings(self, task: str) -> dict[str, list[dict[str, Any]]]:
-        """Return what a detector said of the mentions of a task, by sample; ``start`` is that of the first token."""
+        """Return a detector's warnings about a task by sample.
+
+        ``start`` is that of a mention's first token.
+        """
         if self.source.task != task:
             return {}
         by_sample: dict[str, list[dict[str, Any]]] = {}
@@ -231,7 +240,7 @@ class RunExport:
         return by_sample
 
     def record_picture(self, record: Record) -> Image | None:
-        """Read the picture of a record, or else the run's small copy of it; None without one, or if none is wanted."""
+        """Read the picture of a record, or else the run's small copy; None if none is wanted."""
         if not self.settings.pictures:
             return None
         picture = self.picture(record)
@@ -240,7 +249,7 @@ class RunExport:
         return picture
 
     def data_uri(self, record: Record) -> str:
-        """Return the picture of a record as a data URI; empty where there is none, or none that is small enough."""
+        """Return the picture of a record as a data URI; empty if none is small enough."""
         limit, image = self.settings.pictures, self.record_picture(record)
         if image is None:
             return ""
@@ -263,7 +272,7 @@ class RunExport:
 
 
 def outcome_of(record: Record, metrics: Sequence[str]) -> Judged | None:
-    """Return the outcome of one sample by the counts of its score; None if its task judges no single answer.
+    """Return the outcome of one sample; None if its task judges no single answer.
 
     Args:
         record: of an answer; ``unparsed`` and failed ones have no outcome.
@@ -286,7 +295,7 @@ def outcome_of(record: Record, metrics: Sequence[str]) -> Judged | None:
 
 
 def judged_mentions(record: Record, warnings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the mentions of an answer with the probabilities of a detector, or without where none has judged it.
+    """Return the mentions of an answer, with a detector's probabilities where it judged them.
 
     Args:
         record: of the answer.
@@ -311,7 +320,7 @@ def reference_texts(record: Record) -> list[str]:
 
 
 def clean(value: Any) -> Any:
-    """Copy plain values with secrets masked in all texts, and without paths inside the home and the present folder.
+    """Copy plain values with secrets masked, and without paths inside the home and this folder.
 
     Keys are ours here; what a user's own keys call a secret is masked where it is read.
     """
@@ -339,7 +348,10 @@ def path_part(name: str) -> str:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """Write plain values as JSON that may leave the machine, see ``clean``; numbers that are not finite become null."""
+    """Write plain values as JSON that may leave the machine, see ``clean``.
+
+    Numbers that are not finite become null.
+    """
     value = clean(value)
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)

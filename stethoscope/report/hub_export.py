@@ -1,4 +1,4 @@
-"""Write a run for the Hugging Face hub: figures for a model's repository, a data set of samples and mentions."""
+"""Write a run for the Hugging Face hub: figures of a model, or a data set of mentions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MENTION_COLUMNS = {
 
 
 def write_hub_results(run: RunExport, folder: Path) -> list[Path]:
-    """Write ``.eval_results/{task}.yaml``: the main metric of each subset, as the hub's leader boards read it.
+    """Write ``.eval_results/{task}.yaml``: the main metric of each subset, for the hub.
 
     Raises:
         ConfigError: a task's questions are of no data set on the hub, and ``dataset`` names none.
@@ -117,7 +117,10 @@ def write_dataset(run: RunExport, folder: Path) -> list[Path]:
 
 
 def sample_lines(run: RunExport, task: str) -> Iterator[dict[str, Any]]:
-    """Yield a line for each sample of a task; the task's own nested values are JSON texts, for columns of one type."""
+    """Yield a line for each sample of a task.
+
+    The task's own nested values are JSON texts, so that a column has one type.
+    """
     for record in run.records(task):
         answer, score = record.answer, record.score
         yield {

@@ -1,4 +1,4 @@
-"""Write a task of a run as a log of inspect (UK AI Security Institute), which its viewer and its readers open.
+"""Write a task of a run as a log of inspect (UK AI Security Institute).
 
 A ``.eval`` file is a zip of ``header.json`` (what was evaluated, figures), ``samples/{id}_epoch_1.json`` (messages,
 output with log-probabilities, scores) and ``summaries.json``. Fields are those of inspect-ai 0.3 (log version 2).
@@ -49,7 +49,7 @@ def _write_log(run: RunExport, results: TaskResults, folder: Path) -> Path:
 
 
 def header(run: RunExport, results: TaskResults, identifier: str, ids: list[str]) -> dict[str, Any]:
-    """Return what was evaluated, and a score for each subset, with the intervals of its metrics beside them."""
+    """Return what was evaluated, with a score for each subset and its intervals."""
     task, model, chosen = results.task, run.model(results.task), run.generation(results.task)
     dataset, adapter, described = run.hub_dataset(task), run.fingerprint(task, "adapter"), run.fingerprint(task, "task")
     config = {"max_tokens": chosen.get("max_new_tokens"), "temperature": 0.0} if chosen else {}
@@ -165,7 +165,10 @@ def _logprobs(answer: Answer) -> list[dict[str, Any]]:
 
 
 def _sample_scores(record: Record, outcome: Judged | None) -> dict[str, Any]:
-    """Return the score of one sample under its subset: C or I for a question, a share of invented mentions."""
+    """Return the score of one sample under its subset.
+
+    It is C or I for a question, a share of invented mentions for a caption.
+    """
     if record.score is None:
         return {}
     detail: Mapping[str, Any] = record.score.detail
@@ -184,7 +187,10 @@ def _sample_scores(record: Record, outcome: Judged | None) -> dict[str, Any]:
 
 
 def summary(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry of a sample in the list that a viewer shows first, without picture and log-probabilities."""
+    """Return a sample's entry in the list that a viewer shows first.
+
+    Picture and log-probabilities are left out.
+    """
     question = sample["input"][0]["content"]
     text = question if isinstance(question, str) else question[-1]["text"]
     scores = {name: {**score, "metadata": {}} for name, score in sample["scores"].items()}

@@ -1,4 +1,4 @@
-"""Collect what one mitigation wrote from its run directory: counts, replies, costs, and how its detector fares."""
+"""Collect what one mitigation wrote: counts, replies, costs, and how its detector fares."""
 
 from __future__ import annotations
 

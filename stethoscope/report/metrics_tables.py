@@ -1,4 +1,4 @@
-"""Make tables of results, and print them: tasks, leaderboard, differences, ablation, error rates at the threshold."""
+"""Make tables of results, and print them: metrics, leaderboard, differences, thresholds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compare mitigations with greedy decoding and with trivial methods: figures, tables and the frontier, from counts.
+"""Compare mitigations with greedy decoding and with trivial methods: tables and frontier.
 
 The controls that a comparison needs are the unchanged answers, answers cut off after some words, CHAIR_i at equal
 length, and the recall that trivial methods reach at the same CHAIR_i (``metrics.caption_controls``).
@@ -104,7 +104,7 @@ def _known(value: float | None) -> float | None:
 def compare_methods(
     methods: Sequence[MethodAnswers], metrics: Mapping[str, Callable[[Totals], np.ndarray]]
 ) -> MethodComparison:
-    """Compare every method with the first, on the samples that failed for none, over the same resampled images.
+    """Compare every method with the first, on the samples that failed for none.
 
     Args:
         methods: the first one wrote the answers without any change.

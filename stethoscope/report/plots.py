@@ -223,7 +223,7 @@ def plot_frontier(
     note: str = "",
     band: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> Plot:
-    """Plot object recall against CHAIR_i, a named point for every method, and the front of trivial methods.
+    """Plot recall against CHAIR_i of every method, and the front of trivial methods.
 
     Args:
         points: name, CHAIR_i and recall, both in [0, 1]; points that are not finite are left out.
@@ -257,7 +257,10 @@ def plot_frontier(
 
 
 def _auroc_limits(values: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of an axis for AUROCs, which begins at chance where none is below it; NaN is never below."""
+    """Return the ends of an axis of AUROCs, which begins at chance if none is below it.
+
+    NaN is never below.
+    """
     return 0.0 if any(value < 0.5 for value in values) else 0.5, 1.0
 
 
@@ -304,7 +307,10 @@ def _hints_of(bins: Sequence[Bin], what: str) -> list[Hint]:
 
 @contextmanager
 def _drawing(size: tuple[int, int]) -> Iterator[tuple[Figure, Axes]]:
-    """Open a figure in our style within the block, in which ``_plot`` is called too; yield it and its axes."""
+    """Open a figure in our style within the block; yield it and its axes.
+
+    ``_plot`` has to be called within the block too.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

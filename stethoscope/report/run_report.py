@@ -116,7 +116,7 @@ def table_page(title: str, shown: Sequence[Table], sortable: bool = True) -> str
 
 
 def plot_differences(table: Table) -> Plot | None:
-    """Draw the paired differences in the last column of a table as a forest plot; None where there are none."""
+    """Draw the differences in a table's last column as a forest plot; None without any."""
     rows = [
         (" ".join(str(cell) for cell in row[:-1] if isinstance(cell, (str, int))), row[-1])
         for row in table.rows
@@ -171,7 +171,10 @@ def collect_report(
 
 
 def _cost_plots(results: DetectorResults) -> tuple[Plot, ...]:
-    """Plot AUROC against cost of our detector and the published ones; nothing where only one has a known cost."""
+    """Plot AUROC against cost of our detector and the published ones.
+
+    Nothing is plotted where only one has a known cost.
+    """
     ranked = [row for row in shown_rows(results.leaderboard) if row.kind in ("detector", "published") and row.cost]
     points = [(row.name, COSTS[row.cost], row.metrics["auroc"]) for row in ranked]
     if len(points) < 2:

@@ -1,4 +1,4 @@
-"""Read a run, finished or in progress: metrics, answers, scored mentions, and the importance of features."""
+"""Read a run, finished or in progress: metrics, answers, mentions, importance of features."""
 
 from __future__ import annotations
 

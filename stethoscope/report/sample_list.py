@@ -1,4 +1,4 @@
-"""List the samples of a run, of two side by side, or of many: for the app, and as one HTML page without a server."""
+"""List the samples of one run, of two or of many: for the app, and as an HTML page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Entry = tuple[Record, dict[str, Any]]
 
 
 def read_state(folders: Sequence[Path]) -> str:
-    """Describe the files of runs that the list shows, so that two descriptions are equal while nothing has changed."""
+    """Describe the files that the list shows, so that equal descriptions mean no change."""
     return files_state(path for folder in folders for name in STATE_FILES for path in sorted(folder.glob(name)))
 
 
@@ -184,7 +184,7 @@ def _limited_rows(source: RunReader, limits: Mapping[str, int]) -> list[dict[str
 
 
 def even_limit(counts: Sequence[int], most: int) -> int:
-    """Return the number up to which each of several is taken so that all together are ``most`` at the most.
+    """Return how many of each of several may be taken, so that all together are at most ``most``.
 
     From 10 on it is a multiple of 10, so that it does not change with every sample of a run in progress; it is at least
     1, so that none is left out.
@@ -377,7 +377,7 @@ def _shared_rows(run: RunExport, task: str) -> Iterator[tuple[Record, dict[str, 
 
 
 def _heatmaps(run: RunExport, record: Record) -> dict[str, Any]:
-    """Return the heat maps of a record by the first character of their mention, their shape and their caption."""
+    """Return the heat maps of a record by the start of their mention, with shape and caption."""
     media = run.source.saved_media(record) if run.settings.pictures else None
     if media is None or record.answer is None:
         return {}

@@ -108,7 +108,7 @@ class Comparison:
 
     @property
     def seed_table(self) -> Table | None:
-        """List mean and standard deviation over seeds for every other setting; None where no setting has two seeds."""
+        """List mean and standard deviation over seeds; None where no setting has two seeds."""
         others = [key for key in self.keys if not is_seed(key)]
         groups: dict[tuple[str | None, ...], list[JobResult]] = {}
         for result in self.results:

@@ -76,7 +76,7 @@ class Table:
 
 
 def _number(value: float) -> str:
-    """Write a number with three digits, with a minus sign instead of a hyphen, and without a sign if it rounds to 0.
+    """Write a number with three digits and a real minus sign; no sign if it rounds to 0.
 
     >>> _number(-0.0312), _number(-0.0001), _number(12.3456)
     ('−0.031', '0.000', '12.346')

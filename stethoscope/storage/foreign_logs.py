@@ -1,4 +1,4 @@
-"""Read answers from logs of lmms-eval, lm-eval and VLMEvalKit, and list the readers of all formats but our own."""
+"""Read answers from logs of lmms-eval, lm-eval and VLMEvalKit, and list all such readers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ _MOST_ROWS, _MOST_CELLS = 2**20, 2**24
 
 
 def read_lmms_eval(path: Path) -> Contents:
-    """Read ``{date}_samples_{task}.jsonl`` of lmms-eval 0.7; names come from ``{date}_results.json`` beside it.
+    """Read ``{date}_samples_{task}.jsonl`` of lmms-eval 0.7.
+
+    Names come from ``{date}_results.json`` beside it.
 
     Raises:
         DataError: a line is broken, or holds log-probabilities of choices in place of an answer.
@@ -56,7 +58,9 @@ def read_lmms_eval(path: Path) -> Contents:
 
 
 def read_lm_eval(path: Path) -> Contents:
-    """Read ``samples_{task}_{date}.jsonl`` of lm-eval 0.4; names come from ``results_{date}.json`` beside it.
+    """Read ``samples_{task}_{date}.jsonl`` of lm-eval 0.4.
+
+    Names come from ``results_{date}.json`` beside it.
 
     Raises:
         DataError: a line is broken, or holds log-probabilities of choices in place of an answer.
@@ -113,7 +117,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _harness(engine: str, answers: list[LoggedAnswer], further: int, results: Path) -> Contents:
-    """Add what the harness' file of results says of its model; of a document's lines, one for each filter, keep one."""
+    """Add the names in a harness's file of results, and keep one answer for each document.
+
+    A document has a line for each filter.
+    """
     notes = [f"{further} further answers (repeats) are left out"] if further else []
     kept: dict[int | None, LoggedAnswer] = {}
     for answer in answers:

@@ -1,4 +1,4 @@
-"""Read answers from logs of inspect_ai: ``.eval``, a zip archive, and ``.json``; unpack archives within limits."""
+"""Read answers from logs of inspect_ai, zip archives or JSON; unpack archives within limits."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def check_sizes(path: Path, entries: Iterable[zipfile.ZipInfo]) -> None:
 
 
 def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> Any:
-    """Unpack one JSON file of an archive; ``check_sizes`` goes before. It never unpacks to more than it declares.
+    """Unpack one JSON file of an archive, never beyond the size that it declares.
+
+    ``check_sizes`` goes before.
 
     Raises:
         DataError: it is damaged, or not JSON.
@@ -124,7 +126,9 @@ def _zstandard(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def read_inspect(path: Path) -> Contents:
-    """Read a log of inspect_ai: of each sample the answer of its first epoch; ``docs/answers.md`` has the fields.
+    """Read a log of inspect_ai: of each sample the answer of its first epoch.
+
+    ``docs/answers.md`` has the fields.
 
     Raises:
         DataError: it is broken, unpacks beyond the limits, or holds no samples.
@@ -193,7 +197,7 @@ def _contents(header: Mapping[str, Any], samples: Iterable[tuple[str, Any]]) -> 
 
 
 def _answer(origin: str, sample: Any) -> tuple[LoggedAnswer, int, int, bool]:
-    """Return a sample's answer, its epoch, the number of its choices, and whether reasoning of it is encrypted."""
+    """Return a sample's answer, its epoch, its number of choices, and whether reasoning is hidden."""
     if not isinstance(sample, dict) or "id" not in sample:
         raise DataError(f"{origin}: a sample of inspect_ai has an 'id', this is {shown(sample)}")
     id_, epoch = sample_id(sample["id"], origin), sample.get("epoch", 1)

@@ -1,4 +1,4 @@
-"""Hold the answers of a log, and check and translate their values: ids, token ids, log-probabilities, reasoning."""
+"""Hold the answers of a log, and check and translate its values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LoggedAnswer:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the reader of a format returns: answers, what is known of their origin, and notes, as in ``AnswerLog``."""
+    """Answers of a log, what is known of their origin, and notes, as in ``AnswerLog``."""
 
     answers: list[LoggedAnswer]
     engine: str = ""
@@ -65,7 +65,7 @@ class Contents:
 
 
 def logged_answer(text: Any, origin: str, error: str = "", **values: Any) -> LoggedAnswer:
-    """Build an answer: check its text and lengths, find its reasoning, and give an empty one its ``error``.
+    """Build an answer: check text and lengths, find its reasoning, note why it is empty.
 
     Raises:
         DataError: the text is no text, or there are not as many log-probabilities as token ids.
@@ -102,7 +102,9 @@ def reasoning_spans(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def with_reasoning(reasoning: str, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Put reasoning that is logged apart before its answer, as most chat templates do, and return all spans of it.
+    """Put reasoning that is logged apart before its answer; return the text and all its spans.
+
+    Most chat templates write it so.
 
     >>> with_reasoning("a", "Yes")
     ('<think>\\na\\n</think>\\n\\nYes', ((0, 20),))
@@ -164,7 +166,9 @@ def last_user_message(messages: Any) -> dict[str, Any] | None:
 
 
 def row_of_line(line: Mapping[str, Any], index: int, id_: str | None, origin: str) -> int | None:
-    """Return the data set's row that a line names; without one its own position, unless an id names the sample.
+    """Return the data set's row that a line names, or else its own position.
+
+    It is None where an id names the sample instead.
 
     Args:
         line: of the log.

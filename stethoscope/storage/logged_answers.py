@@ -1,4 +1,4 @@
-"""Read answers that were written elsewhere: recognise the format of a log, and read our own JSON lines."""
+"""Recognise the format of a log of answers, and read our own JSON lines."""
 
 from __future__ import annotations
 
@@ -191,7 +191,9 @@ _TEXT = ("answer", "response", "caption", "text", "model_prediction")  # AMBER, 
 
 
 def read_own_lines(path: Path) -> Contents:
-    """Read JSON lines (or one JSON list) with an ``answer`` and an ``id`` each; ``docs/answers.md`` has all keys.
+    """Read JSON lines, or one list, with an ``answer`` and an ``id`` each.
+
+    ``docs/answers.md`` has all keys.
 
     A line without ``id`` and without ``row`` belongs to the data set's row at its own position.
 

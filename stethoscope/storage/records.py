@@ -1,4 +1,7 @@
-"""Define a sample's record, its line of ``samples.jsonl``, and the files of these lines, one shard a process."""
+"""Define a sample's record and its line of ``samples.jsonl``, and keep the files of lines.
+
+Each process writes a shard of its own.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +171,9 @@ def encode_line(values: Mapping[str, Any]) -> bytes:
 
 
 def read_lines(path: Path, strict: bool = True) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yield offset, length (bytes) and content of every line, but for broken ones at the end, which a kill leaves.
+    """Yield offset, length (bytes) and content of every whole line.
+
+    Broken lines at the end, which a kill leaves, are left out.
 
     Args:
         path: of the file.
@@ -195,7 +200,7 @@ def read_lines(path: Path, strict: bool = True) -> Iterator[tuple[int, int, dict
 
 
 def _has_keys(values: Mapping[str, Any]) -> bool:
-    """Return whether a line names its task and sample, with a valid ``part`` and ``tokens`` if it has them."""
+    """Return whether a line names its task and sample, and counts its token rows if it has any."""
     names = (values.get("task"), values.get("sample_id"), values.get("part", ""))
     return all(isinstance(name, str) for name in names) and isinstance(values.get("tokens", 0), int)
 
@@ -223,7 +228,9 @@ class RecordEntry(NamedTuple):
 
 
 class RecordFiles:
-    """The record files of one run directory. Lines are only ever appended; the last line of a sample counts.
+    """The record files of one run directory.
+
+    Lines are only ever appended; the last line of a sample counts.
 
     Where several processes write, each appends to a shard of its own in ``shards/``. ``repair`` appends the shards to
     ``samples.jsonl`` once no process writes any more: when the task is finished, or else when the next session opens
@@ -335,7 +342,9 @@ class RecordFiles:
         self._token_files.prune(entry.part for entry in self.entries().values() if entry.part)
 
     def _read_state(self) -> list[tuple[Path, int, int, int]]:
-        """List the files to index, shards last, each with inode, size and time, which change when it is written.
+        """List the files to index, shards last, each with inode, size and time.
+
+        These change when a file is written.
 
         A process of a distributed run indexes only ``samples.jsonl`` and its own shard.
         """

@@ -1,4 +1,4 @@
-"""Copy from other runs: answers and token rows, instead of generating and tracing again, and runs at an address."""
+"""Copy answers and token rows from other runs, and runs from an address."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOCKS = ".answers"  # folder with a lock file per set of answers
 
 
 def copy_task(source: RunStore, folder: Path, task: str) -> RunStore:
-    """Create a run directory with one task's answers and token rows of another run, to train another detector.
+    """Create a run directory with one task of another run, to train another detector.
 
     ``tokens.parquet`` is a hard link where the file system allows (it is only ever replaced, never written into); the
     task's lines of ``samples.jsonl`` are copied, with stored pictures and heat maps.
@@ -72,7 +72,7 @@ def copy_task(source: RunStore, folder: Path, task: str) -> RunStore:
 
 @contextmanager
 def reuse_answers(folder: Path, run_dir: Path, adapter: Adapter, task: Task, generation: Generation) -> Iterator[None]:
-    """Let several runs generate the same answers only once: the first run generates them, the others copy them.
+    """Let several runs generate the same answers once: the first writes, the others copy.
 
     Answers are the same if model, task and generation have the same fingerprint. The block should evaluate the task;
     a run in any process that needs the same answers meanwhile waits to enter its own block. The answers of a killed run
@@ -112,7 +112,7 @@ def reuse_answers(folder: Path, run_dir: Path, adapter: Adapter, task: Task, gen
 
 
 def copy_answers(folder: Path, target: RunStore, task: str, fingerprint: Mapping[str, Any]) -> int:
-    """Copy the answers of one task, without token rows, from the run of the same folder that has the most of them.
+    """Copy a task's answers, without token rows, from the run in a folder that has the most.
 
     Args:
         folder: of the runs.
@@ -163,7 +163,10 @@ def _last_records(run_dir: Path, task: str) -> list[Record]:
 
 
 def _stored_fingerprint(store: RunStore, task: str) -> dict[str, Any] | None:
-    """Read the fingerprint of a run's answers to one task, without that of the token rows; None without answers."""
+    """Read the fingerprint of a run's answers to one task; None without answers.
+
+    That of the token rows is left out.
+    """
     fingerprint = store.fingerprints().get(task)
     return None if fingerprint is None else {key: value for key, value in fingerprint.items() if key != "features"}
 
@@ -188,7 +191,9 @@ def is_address(path: str) -> bool:
 
 
 def local_run(path: str) -> Path:
-    """Return the folder of a run; one at an address is copied to a temporary folder, which goes with the process.
+    """Return the folder of a run; copy one at an address to a temporary folder.
+
+    The copy goes with the process.
 
     Args:
         path: of a folder, or an address of a file system that fsspec knows, such as ``s3://`` with s3fs installed.

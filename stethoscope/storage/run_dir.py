@@ -1,4 +1,4 @@
-"""Read and write a run directory, the contract between commands, and make the task of a finished run again.
+"""Read and write a run directory, the contract between commands.
 
 Records are flushed at once and survive a kill.
 """
@@ -136,7 +136,10 @@ class RunStore:
         return list(dict.fromkeys(task for (task, _), entry in self.record_files.ordered() if entry.tokens))
 
     def metrics(self) -> dict[str, Any]:
-        """Read ``metrics.json``: a section per task, and ``detector``; empty before the first task is finished."""
+        """Read ``metrics.json``: a section per task, and ``detector``.
+
+        It is empty before the first task is finished.
+        """
         return self._read_json("metrics.json")
 
     def fingerprints(self) -> dict[str, Any]:
@@ -246,7 +249,9 @@ class RunStore:
         self.record_files.use_shard(rank)
 
     def append(self, records: Sequence[Record], tables: Mapping[str, pa.Table] | None = None) -> None:
-        """Append the records of a batch and their token rows; both survive the end of the process from here on.
+        """Append the records of a batch and their token rows.
+
+        Both survive the end of the process from here on.
 
         Every ``SYNC_SECONDS`` they are also synced to disk, against power cuts.
 

@@ -1,4 +1,4 @@
-"""Fingerprint everything that can change a run's answers, so that only the same model and questions resume it."""
+"""Fingerprint all that can change a run's answers, so that only equal settings resume it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def answer_fingerprint(
 
 
 def location_keys(task: Task, fingerprint: Mapping[str, Any]) -> list[str]:
-    """List the dotted keys of a fingerprint that hold locations of model, data and answers, which may change.
+    """List the dotted keys of a fingerprint that hold locations, which may change.
+
+    Locations are those of model, data and answers.
 
     The model is then identified by the digest of its weights, if it has one, and the data by the recorded samples.
     """

@@ -1,4 +1,4 @@
-"""Store what people note of a run's samples: corrected labels, tags and remarks, which change no result.
+"""Store what people note of samples: corrected labels, tags, remarks. No result changes.
 
 ``notes.jsonl`` is only appended to. The last line of a sample, or of one of its mentions, counts; an empty one takes
 the note back. Whatever else the file holds is skipped, so that no content of it can keep a run from being read.
@@ -61,7 +61,10 @@ class Note:
 
 
 def read_notes(run_dir: Path) -> list[Note]:
-    """Read the notes that count, in the order in which their samples were first noted; broken lines are skipped."""
+    """Read the notes that count, in the order in which samples were first noted.
+
+    Broken lines are skipped.
+    """
     path = run_dir / NOTES
     if not os.path.lexists(path):
         return []

@@ -1,4 +1,4 @@
-"""Store small pictures and heat maps in a run directory, so that reports need neither the model nor the data.
+"""Store small pictures and heat maps in a run, so that reports need no model and no data.
 
 ``maps.jsonl`` has a line for every traced answer that names an object: the picture, small, one map for every mention,
 and what these maps show. Lines are only appended during a run, and the last line of a sample counts. Reading imports no
@@ -60,7 +60,10 @@ class SavedMedia:
     shows: str = RELEVANCY
 
     def overlay(self, token: int, width: int = 320) -> Image | None:
-        """Draw a token's heat map over the picture, at least ``width`` pixels wide; None where either is missing."""
+        """Draw a token's heat map over the picture; None where either is missing.
+
+        It is at least ``width`` pixels wide.
+        """
         if self.picture is None or token not in self.maps:
             return None
         return overlay(self.picture, self.maps[token].astype(float), width=width)

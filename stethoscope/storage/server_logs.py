@@ -1,4 +1,4 @@
-"""Read answers from responses of servers: OpenAI-compatible ones, as a batch or line by line, and llama.cpp's own."""
+"""Read answers from responses of servers: OpenAI-compatible ones and llama.cpp's own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ _REQUEST_FILES, _HEAD = 50, 2**16  # files beside a batch's output that are look
 
 
 def read_openai_batch(path: Path) -> Contents:
-    """Read the output of a batch (``custom_id``, ``response``, ``error``), or one response of a server on each line.
+    """Read the output of an OpenAI batch, or one response of a server on each line.
+
+    Lines of a batch have ``custom_id``, ``response`` and ``error``.
 
     Questions come from the batch's file of requests where that lies beside it. Lines with ``id`` or ``row`` and
     ``response`` are read alike.
@@ -76,7 +78,10 @@ def read_openai_batch(path: Path) -> Contents:
 
 
 def _response(body: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], int]:
-    """Return values of the answer in a body of chat, completions or responses, and the number of its choices."""
+    """Return the values of the answer in a body, and the number of its choices.
+
+    The body is one of chat, completions or responses.
+    """
     if isinstance(body.get("output"), list):
         return _responses_api(body, origin), 1
     choices = objects(body.get("choices"))
@@ -122,7 +127,10 @@ def _responses_api(body: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _logged_tokens(logprobs: Any, origin: str) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:
-    """Return token ids, where vLLM writes ``token_id:17`` in the place of a token's text, and log-probabilities."""
+    """Return token ids and log-probabilities; None for what is not logged.
+
+    vLLM writes ``token_id:17`` in the place of a token's text.
+    """
     logprobs = as_object(logprobs)
     content, values = logprobs.get("content"), logprobs.get("token_logprobs")
     tokens = logprobs.get("tokens")
@@ -174,7 +182,9 @@ def _asked(body: Any, origin: str) -> str | None:
 
 
 def read_llama_cpp(path: Path) -> Contents:
-    """Read one response of llama.cpp's ``/completion`` on each line, alone or as ``response`` beside an ``id``.
+    """Read one response of llama.cpp's ``/completion`` on each line.
+
+    It stands alone, or as ``response`` beside an ``id``.
 
     Raises:
         DataError: a line is broken or no such response.

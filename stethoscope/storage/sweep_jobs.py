@@ -100,7 +100,9 @@ def distinct_overrides(overrides: Sequence[str], fixed: Sequence[str]) -> tuple[
 
 
 def slug(overrides: Sequence[str]) -> str:
-    """Build a folder name from overrides: keys without their parents where that is unambiguous, and no ``=``.
+    """Build a folder name from overrides, without ``=``.
+
+    Keys lose their parents where that is unambiguous.
 
     >>> slug(["detector.C=0.1", "features=paper/svar"])
     'C-0.1_features-paper_svar'

@@ -1,4 +1,4 @@
-"""Store token rows: built per answer, appended to part files during a run, merged into one file at its end."""
+"""Store token rows: built per answer, appended during a run, merged at its end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _PACKED, _NAMES = "values", b"names"  # column of all features of a token, and t
 
 
 class TokenRows(NamedTuple):
-    """The answer to a sample, with what its token rows are built from: key columns, then a column per feature.
+    """The answer to a sample, with what its token rows are built from.
 
     Attributes:
         sample: that was answered.
@@ -86,7 +86,9 @@ class TokenRows(NamedTuple):
         prompt: str = "",
         picture: str = "",
     ) -> TokenRows:
-        """Collect what the rows of a traced answer are built from, without the vectors of tokens that name nothing.
+        """Collect what the rows of a traced answer are built from.
+
+        Tokens that name nothing lose their vectors.
 
         Args:
             sample: that was answered.
@@ -107,7 +109,9 @@ class TokenRows(NamedTuple):
 
 
 def token_tables(task: str, answers: Sequence[TokenRows], version: str = "") -> list[pa.Table]:
-    """Build the token rows of several answers, with all features of a token in one column; ``unpacked`` splits it.
+    """Build the token rows of several answers, with all features of a token in one column.
+
+    ``unpacked`` splits it.
 
     There may be a thousand features, and what Arrow does with a few rows takes as long as there are columns.
 
@@ -212,7 +216,7 @@ def _packed_schema(names: tuple[str, ...]) -> pa.Schema:
 
 
 class TokenFiles:
-    """Reads and writes ``tokens.parquet`` and the parts in ``tokens/`` that have not been merged into it yet.
+    """Reads and writes ``tokens.parquet`` and the parts that are not merged into it yet.
 
     A Parquet file cannot be appended to, so every session of a run appends to an Arrow stream of its own, of which a
     kill can only damage the end. A sample's record names the file that holds its valid rows; the next merge leaves out
@@ -306,7 +310,10 @@ class TokenFiles:
                 return
 
     def _locate_samples(self, part: str) -> dict[Key, tuple[int, int, int]]:
-        """Map each sample of a file to its chunk, first row within it, and number of rows; the last chunk counts."""
+        """Map each sample of a file to its chunk, first row and number of rows.
+
+        Of several chunks the last counts.
+        """
         locations: dict[Key, tuple[int, int, int]] = {}
         for chunk, table in enumerate(self._chunks(part, ["task", "sample_id"])):
             keys = zip(table["task"].to_pylist(), table["sample_id"].to_pylist(), strict=True)
@@ -318,7 +325,10 @@ class TokenFiles:
         return locations
 
     def _tables(self, order: Sequence[tuple[Key, str]]) -> Iterator[pa.Table]:
-        """Yield the rows of samples in this order, in tables of about ``ROWS_AT_ONCE`` rows; no sample is split."""
+        """Yield the rows of samples in this order, in tables of about ``ROWS_AT_ONCE`` rows.
+
+        No sample is split.
+        """
         parts = sorted({part for _, part in order})
         locations = {part: self._locate_samples(part) for part in parts}
         readers = {part: _ChunkReader(self._chunks, part) for part in parts}
@@ -413,7 +423,9 @@ def _footer(file: BinaryIO) -> tuple[int, bytes]:
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a file after checking its footer, if ``_write_parquet`` wrote it; pages are checked when they are read.
+    """Open a file after checking its footer, if ``_write_parquet`` wrote it.
+
+    Pages are checked when they are read.
 
     Raises:
         ValueError: the footer has changed, or a column has another type.

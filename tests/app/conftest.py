@@ -12,7 +12,8 @@ import pytest
 import stethoscope as package
 from stethoscope import testbed
 from stethoscope.app.model_pool import ModelPool
-from stethoscope.app.runs import Runs, write_examples
+from stethoscope.app.pictures import write_examples
+from stethoscope.app.runs import Runs
 from stethoscope.cli import main
 from stethoscope.detection import leaderboard
 from stethoscope.tasks.extraction import load_extraction

@@ -19,6 +19,7 @@ from stethoscope import Detector, testbed
 from stethoscope.adapters.testbed import TestbedAdapter
 from stethoscope.app import answer, payload
 from stethoscope.app.model_pool import BUNDLED, ImageFeatureCache, ModelPool
+from stethoscope.app.pictures import read_picture
 from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
 from stethoscope.detection.lookup import detectors_for_model
@@ -303,10 +304,10 @@ def test_a_picture_that_is_none_is_said(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")
     with pytest.raises(DataError, match=r"^image 'broken.png' cannot be read") as error:
-        answer.read_picture(broken)
+        read_picture(broken)
     assert str(tmp_path) not in str(error.value)
     with pytest.raises(ConfigError, match="upload one"):
-        answer.read_picture(None)
+        read_picture(None)
 
 
 def test_an_unknown_model_is_said(pool, reader, picture_file):

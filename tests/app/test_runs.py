@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from stethoscope.app.runs import ALL, NO_RUN, Runs, write_examples
+from stethoscope.app.pictures import write_examples
+from stethoscope.app.runs import ALL, NO_RUN, Runs
 from stethoscope.core.errors import ArtefactError, ConfigError, StethoscopeError
 from stethoscope.report import sample_list
 from stethoscope.report.compare import compare
