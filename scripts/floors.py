@@ -1,4 +1,4 @@
-"""Print the lower bounds of pyproject.toml as constraints, to install and test all of them together (``make floors``).
+"""Print the lower bounds of pyproject.toml as constraints, to test them (``make floors``).
 
 torch is left out: every release of it is a gigabyte, and builds for CPUs alone are not in every registry.
 

@@ -1,4 +1,6 @@
-"""Write a software bill of materials (CycloneDX 1.6, JSON) of the package and everything that it needs to run.
+"""Write a software bill of materials of the package (CycloneDX 1.6, JSON).
+
+It has everything that the package needs to run.
 
 It has the versions that are installed here, which are those that the release was tested with.
 
@@ -21,7 +23,9 @@ NAME = "lvlm-stethoscope"
 
 
 def installed_closure(name: str) -> dict[str, list[str]]:
-    """Names of what each distribution needs, for a distribution and everything below it, without extras of the first.
+    """Map a distribution, and everything below it, to the names of what each needs.
+
+    Extras of the first are left out.
 
     Raises:
         PackageNotFoundError: a requirement is not installed.

@@ -1,4 +1,4 @@
-"""Train the text-only detector that ships with the package, and judge its recipe on families it has not seen.
+"""Train the text-only detector that ships, and judge its recipe on unseen families.
 
     python scripts/train_text_only.py ../shared/data/real_captions           # train and ship
     python scripts/train_text_only.py ../shared/data/real_captions --judge   # print the tables of docs/captions.md
@@ -177,7 +177,10 @@ def print_families(table: pd.DataFrame) -> None:
 
 
 def print_parts(table: pd.DataFrame) -> None:
-    """Print a Markdown table of the share of hallucinated mentions by place in the answer, for every family."""
+    """Print the share of hallucinated mentions by place in the answer, for every family.
+
+    The table is Markdown.
+    """
     names = [f"{first}-{end - 1}" for first, end in pairwise(PARTS)] + [f"{PARTS[-1]} and later"]
     print(f"\n| family | {' | '.join(f'words {name}' for name in names)} |")
     print("| --- " * (1 + len(names)) + "|")

@@ -1,4 +1,4 @@
-"""What going back gains and costs on the embedded model: `mitigation=backtrack` against greedy decoding, one thread.
+"""What going back gains and costs on the embedded model, against greedy decoding.
 
     python scripts/bench/backtrack.py --scenes 200 --seed 7 --thresholds 0.65
 

@@ -1,4 +1,4 @@
-"""What features cost beside the generation of the answers, for the embedded model: one table from one run.
+"""What features cost beside the generation of answers, for the embedded model.
 
     python scripts/bench/cost.py                      # answers one at a time, in batches of 8 and of 16; one thread
 
@@ -79,7 +79,10 @@ def measure(
     rounds: int,
     run: RunState,
 ) -> dict[str, float]:
-    """Return CPU seconds per answer of generation in batches of ``size``, and of a run with every feature set."""
+    """Return CPU seconds per answer of generation alone, and of a run with every feature set.
+
+    Answers are generated in batches of ``size``.
+    """
     assert run.store is not None
     maps, tables = SaveHeatmaps(), TokenFiles(run.store.run_dir)
 

@@ -1,4 +1,6 @@
-"""Compute relevancy as other tools do, with one backward pass per token, for `scripts/bench/relevancy.py`.
+"""Compute relevancy as other tools do, with one backward pass per token.
+
+For ``scripts/bench/relevancy.py``.
 
 Reimplemented after the public tool (LVLM-Interpret, arXiv 2404.03118); its definitions are those of scope `row`.
 """
@@ -78,7 +80,7 @@ def normalised(relevancy: Tensor) -> Tensor:
 
 
 def published(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> tuple[float, list[float]]:
-    """Generate the answer (its tokens forced) with gradients and a cache, then run backward for every token.
+    """Generate the forced answer with gradients and a cache, then run backward for every token.
 
     The weights require gradients, as ``from_pretrained`` leaves them, and get them in every backward pass. Rows of
     earlier tokens come from those tokens' own gradients; token 0 is done first, the others spread over the answer.
@@ -128,7 +130,10 @@ def _image(model: Model, inputs: Inputs) -> Tensor:
 
 
 def _through_tower(relevancy: Tensor, image: Tensor, vision: list[Tensor]) -> None:
-    """Run three recursions as the tool does: from all image tokens, from the token's row, and of the tower alone."""
+    """Run three recursions through the tower, as the tool does.
+
+    They start from all image tokens, from the token's row, and from the tower alone.
+    """
     size = vision[0].shape[-1]
     block, row, alone = (torch.eye(size, device=relevancy.device) for _ in range(3))
     block[1:, 1:] = relevancy[image][:, image]

@@ -1,4 +1,4 @@
-"""What 7B shapes cost on a GPU: generation, relevancy, full diagnosis, stream, precision, torch.compile, several GPUs.
+"""What models of 7B shapes cost on a GPU: generation, relevancy, diagnosis, stream, precision.
 
     bash scripts/bench/gpu.sh                         # at most 8 minutes; the figures so far if it is stopped
     python scripts/bench/gpu.py --table               # the table of the figures so far
@@ -221,7 +221,10 @@ class Bench:
 
 
 def chain(scores: torch.Tensor, by_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute Abar and the gradient of the scores of (heads, rows, columns), as ``relevancy.attention_backward``."""
+    """Compute Abar and the gradient of the scores, as ``relevancy.attention_backward`` does.
+
+    Scores are (heads, rows, columns).
+    """
     weights = scores.softmax(-1, dtype=torch.float32)
     product = by_map.float() * weights
     abar = product.clamp(min=0).mean(0)

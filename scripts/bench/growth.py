@@ -1,4 +1,4 @@
-"""How does every cost grow? Exponents of CPU time in the length of answers, image tokens, batches, samples and runs.
+"""How does every cost grow with answers, image tokens, batches, samples and runs?
 
     python scripts/bench/growth.py                    # all axes; figures are kept in build/growth.jsonl, see --out
     python scripts/bench/growth.py --axes compare     # one of them
@@ -180,7 +180,7 @@ def measure(options: argparse.Namespace, figures: Figures) -> None:
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Fit seconds = a * size^b: return b, half the width of its 95 % interval, and b between the two largest sizes.
+    """Fit seconds = a * size^b; return b, half its 95 % interval, and b of the two largest sizes.
 
     >>> exponent([1, 2, 4], [3, 12, 48])
     (2.0, 0.0, 2.0)

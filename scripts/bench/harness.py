@@ -1,4 +1,4 @@
-"""What the harness costs: `stethoscope evaluate` against a bare `generate` loop over the same POPE questions.
+"""What the harness costs: `stethoscope evaluate` against a bare `generate` loop.
 
     python scripts/bench/harness.py                   # 400 questions about rendered scenes, batches of 1 and of 16
     python scripts/bench/harness.py --against PYTHON  # another checkout, by its interpreter, instead of the bare loop
@@ -179,7 +179,7 @@ def _sitting(
     answers: list[str] = []
 
     class Alternate(Callback):
-        """The first of the callbacks: what follows ``on_task_start`` is the harness's, but for the bare batches."""
+        """Stands first: what follows ``on_task_start`` is the harness's, but for the bare batches."""
 
         def on_task_start(self, run: RunState) -> None:
             self.start: Clock = _now()
@@ -277,7 +277,10 @@ def _end(process: subprocess.Popen, words: Sequence[str]) -> resource.struct_rus
 
 
 def largest_size(usage: resource.struct_rusage) -> float:
-    """Return the largest resident size of a process in MB (10^6 bytes); it is told in KiB, but on macOS in bytes."""
+    """Return the largest resident size of a process in MB (10^6 bytes).
+
+    The system tells it in KiB, but on macOS in bytes.
+    """
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
@@ -318,7 +321,7 @@ def _compare_checkouts(options: argparse.Namespace) -> None:
 
 
 def _evaluate(python: str, run_dir: Path, scenes: int, options: argparse.Namespace) -> tuple[float, float]:
-    """Run `evaluate task=pope` with an interpreter; return its CPU seconds and its largest resident size in MB."""
+    """Run `evaluate task=pope` with an interpreter; return CPU seconds and largest size in MB."""
     words = [
         *(python, "-m", "stethoscope", "evaluate", "task=pope", f"task.scenes={scenes}", "logger=none"),
         *(f"batch_size={options.batch}", f"run_dir={run_dir}", f"model.threads={options.threads}"),

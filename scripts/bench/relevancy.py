@@ -155,7 +155,7 @@ def peak(call: Callable[[], Any], device: str) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method needs: seconds for all tokens, those of a forward pass beside it, extra bytes at the peak.
+    """What a method needs: its seconds, those of a forward pass, and extra bytes at the peak.
 
     ``timed`` is the number of tokens that were run, ``rows`` (timed, N) what was found for them.
     """
@@ -247,7 +247,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def map_bytes(shape: Shape) -> int:
-    """Estimate the bytes of the field's methods: all maps, their gradients and as much again while they are made."""
+    """Estimate the bytes of the field's methods: maps, gradients, and as much again meanwhile."""
     length, size = shape.image + shape.text + shape.answer, 2 if shape.dtype == "bfloat16" else 4
     language = shape.layers * shape.heads * length**2
     vision = shape.vision_layers * max(shape.vision_width // 64, 1) * (shape.image + 1) ** 2

@@ -1,4 +1,4 @@
-"""How much memory a long run takes: resident size after 100 samples and at the end of a run over many pictures.
+"""How much memory a long run takes: its size after 100 samples and at its end.
 
     python scripts/bench/resident.py                    # 5,000 scenes, captions and token rows of all features
 
@@ -29,7 +29,7 @@ FIRST, LIMIT = 100, 200.0
 
 
 class Resident(Callback):
-    """Records the resident size, in MB, whenever a tenth of the run is done, and after the first hundred samples."""
+    """Records the resident size, in MB, after 100 samples and after every tenth of the run."""
 
     def on_task_start(self, run: RunState) -> None:
         """Start the clock."""

@@ -1,4 +1,6 @@
-"""How long does a user wait for a diagnosis, an answer on the page of the app, a slider of the page? Each has a limit.
+"""How long does a user wait for a diagnosis, an answer on the page, a slider?
+
+Each has a limit.
 
     python scripts/bench/responsiveness.py               # all three; exit status 1 if a limit is passed
     python scripts/bench/responsiveness.py --rounds 9
@@ -96,7 +98,7 @@ def diagnosis_seconds(adapter: Adapter, rounds: int) -> float:
 
 
 def page_figures(adapter: Adapter, rounds: int) -> tuple[float, float]:
-    """Return the best ratio of an answer on the page to a diagnosis, and the slowest slider's best milliseconds."""
+    """Return the best ratio of the page to a diagnosis, and the slowest slider's milliseconds."""
     image = testbed.scenes(2)[1].image()
     chromium = os.environ.get("STETHOSCOPE_CHROMIUM") or shutil.which("chromium")
     with tempfile.TemporaryDirectory() as folder, served(adapter, Path(folder)) as address, sync_playwright() as driver:
@@ -142,7 +144,10 @@ def ask(page: Page, scene: Path) -> None:
 
 
 def slider_milliseconds(page: Page, name: str, rounds: int) -> float:
-    """Return the milliseconds until a moved slider shows, the best of its moves; infinite if the picture stays."""
+    """Return the milliseconds until a moved slider shows; infinite if the picture stays.
+
+    The best of its moves counts.
+    """
     waits = [page.evaluate(MOVE, [name, value]) for value in rounds * SLIDERS[name]]
     return min((wait for wait in waits if wait is not None), default=float("inf"))
 

@@ -1,4 +1,4 @@
-"""Build random models of real sizes behind the product's own adapter, and keep figures as they are reached."""
+"""Build random models of real sizes behind our own adapter, and keep figures as they come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What warnings cost while the embedded model writes: ``stream`` against ``adapter.generate``, one run, one thread.
+"""What warnings cost while the embedded model writes: ``stream`` against ``generate``.
 
     python scripts/bench/stream.py                    # 24 pictures, the mean of 5 rounds
     python scripts/bench/stream.py --features default --delays 0

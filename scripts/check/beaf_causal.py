@@ -1,4 +1,6 @@
-"""Do relevancy and a detector notice that an object has been taken out of the picture? (BEAF's pairs, same text twice)
+"""Do relevancy and a detector notice that an object was taken out of the picture?
+
+These are BEAF's pairs, with the same text twice.
 
     python scripts/check/beaf_causal.py                                    # embedded model, scenes and detector
     python scripts/check/beaf_causal.py --model MODEL --detector FOLDER --file beaf_qna.json --images images

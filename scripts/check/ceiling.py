@@ -1,4 +1,4 @@
-"""Measure how much of the gap between the best published one-pass detector and the ceiling ours closes.
+"""Measure how much of the gap between the best published detector and the ceiling we close.
 
     stethoscope benchmark experiment=detectors
     python scripts/check/ceiling.py runs/detectors
@@ -138,7 +138,10 @@ def gap(figures: Mapping[tuple[str, str], np.ndarray], own: str, rival: str, met
 
 
 def unseen_objects(folds: Mapping[str, pd.DataFrame], columns: tuple[str, ...], seed: int) -> np.ndarray:
-    """Score the mentions of the test fold by detectors that were shown no mention of their objects, (rows,)."""
+    """Score mentions by detectors that were shown none of their objects, (rows,).
+
+    The mentions are those of the test fold.
+    """
     objects = np.random.default_rng(seed).permutation(sorted(set(folds["test"]["object"])))
     scores = np.zeros(len(folds["test"]))
     for part in np.array_split(objects, HELD_OUT):

@@ -1,4 +1,4 @@
-"""Draw the learning curve of detectors against the number of labelled pictures, on fresh mentions of runs.
+"""Draw the learning curve of detectors against the number of labelled pictures.
 
     stethoscope evaluate task=chair task.scenes=5000 name=many logger=none
     stethoscope extract run=runs/many features=[default_verified,paper/haloprobe]
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def fitted(learn: pd.DataFrame, labelled: np.ndarray, test: pd.DataFrame, methods: dict) -> dict[str, np.ndarray]:
-    """Fit ours, and beside published methods, if any and the labels are enough, these too; returns (rows,) by name."""
+    """Fit ours, and published methods where labels are enough; return scores (rows,) by name."""
     columns = columns_of(named_set("default_verified"), feature_names(learn))
     kind: Literal["few", "none"] = "few" if labelled.any() else "none"
     rows = learn.assign(label=np.where(labelled, learn["label"], -1))

@@ -1,4 +1,6 @@
-"""Are guaranteed thresholds kept, and are they worth having? Simulated images of known risk, or splits of a run.
+"""Are guaranteed thresholds kept, and are they worth having?
+
+Asked of simulated images of known risk, or of splits of a run.
 
     python scripts/check/promises.py
     stethoscope evaluate task=chair task.scenes=2000 && stethoscope extract run=runs/evaluate-testbed-chair

@@ -61,7 +61,9 @@ def boxes(scene: Scene) -> dict[str, tuple[float, float, float, float]]:
 
 
 def inside(heat: np.ndarray, box: tuple[float, float, float, float]) -> tuple[float, float]:
-    """Return whether the strongest patch's centre is in the box, and the mass in it over its share of the picture.
+    """Return whether the strongest patch's centre is in the box, and the mass inside it.
+
+    The mass is divided by the box's share of the picture.
 
     A patch that the box cuts counts by the part that lies in it.
 
@@ -85,7 +87,7 @@ def inside(heat: np.ndarray, box: tuple[float, float, float, float]) -> tuple[fl
 
 
 def heatmaps(adapter: Any, scene: Scene, detector: Detector, token: bool) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Return the names of the objects that a caption names, and by kind their maps, (names, rows, columns)."""
+    """Return the objects that a caption names, and by kind their maps, (names, rows, columns)."""
     diagnosis = stethoscope.diagnose(adapter, scene.image(), QUESTION, detector=detector)
     first: dict[str, tuple[int, ...]] = {}
     for mention in diagnosis.mentions:

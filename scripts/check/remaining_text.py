@@ -1,4 +1,4 @@
-"""Simulate the promise about the text that remains after removal: how often is it broken, and what does it cost?
+"""How often is the promise about the remaining text broken, and what does it cost?
 
     stethoscope benchmark experiment=detectors
     python scripts/check/remaining_text.py runs/detectors
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def remaining(counts: RemovalCounts, column: int) -> tuple[float, float]:
-    """Return the shares of the remaining mentions that are hallucinated and of the right ones that are left."""
+    """Return the share of remaining mentions that is hallucinated, and of right ones kept."""
     wrong, left = counts.wrong[:, column].sum(), counts.kept[:, column].sum()
     return wrong / max(left, 1), (left - wrong) / counts.right.sum()
 

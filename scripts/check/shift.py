@@ -186,7 +186,10 @@ def photographs() -> Iterator[Path]:
 
 
 def write_photographs(folder: Path, crops: int = 100) -> None:
-    """Write random crops of photographs, a quarter to all of the shorter side, and annotations without any object."""
+    """Write random crops of photographs, and annotations without any object.
+
+    A crop is a quarter to all of the shorter side.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)  # a call that was interrupted has made it
     rng, paths, images = np.random.default_rng(SEED), list(photographs()), []
     for number in range(min(crops, 100)):
@@ -203,7 +206,10 @@ def write_photographs(folder: Path, crops: int = 100) -> None:
 
 
 def promise_kept(table: pd.DataFrame, detector: Detector) -> dict[str, Any]:
-    """Measure ECE and false alarms, with the upper end of their 95 % interval over pictures, on judged mentions."""
+    """Measure ECE and false alarms on judged mentions.
+
+    False alarms come with their 95 % interval over pictures.
+    """
     rows = detector.select_mentions(table)
     grounded = rows["label"].to_numpy() == 0
     if not grounded.any():

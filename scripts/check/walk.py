@@ -1,4 +1,4 @@
-"""Count the walk of one warm sample: calls, functions, files, depth, and calls that cross a file border.
+"""Count the walk of one warm sample: calls, files, depth, and crossings of file borders.
 
 A sample of CHAIR goes through ``SamplePipeline`` on the embedded model with a named set of features. The first samples
 warm caches; then one more is counted with ``sys.setprofile``. Only functions of the package count; a call crosses a

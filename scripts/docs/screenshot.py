@@ -1,4 +1,4 @@
-"""Take the picture of the app that README and site show: one answer of the embedded model, a warned word clicked.
+"""Take the picture of the app that README and site show: an answer, a warned word clicked.
 
     python scripts/docs/screenshot.py docs/assets/app.png
     python scripts/docs/screenshot.py docs/assets/app-dark.png --dark

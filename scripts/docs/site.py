@@ -1,4 +1,4 @@
-"""MkDocs hooks: tables made from the registry, the package as the API reference sees it, and ``llms.txt``.
+"""MkDocs hooks: tables from the registry, the package for the API reference, ``llms.txt``.
 
 A page names a table by a comment, ``<!-- table: features -->``; the function ``features_table`` writes it.
 """
@@ -21,7 +21,9 @@ MARK = re.compile(r"^<!-- table: ([a-z_]+)(?: ([a-z_]+))? -->$", re.MULTILINE)
 
 
 def on_startup(command: str, dirty: bool) -> None:
-    """Put the package together as it is installed: `adapters`, `tasks` and `conf` are folders of their own here.
+    """Put the package together as it is installed.
+
+    `adapters`, `tasks` and `conf` are folders of their own here.
 
     It is done before the configuration is read, since Griffe drops search paths that do not exist yet.
     """

@@ -1,4 +1,7 @@
-"""Render training scenes into shards, which an interrupted rendering resumes, and pack conversations about them."""
+"""Render training scenes into shards, and pack conversations about them.
+
+An interrupted rendering goes on with the next shard.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,10 @@ def render_split(cache: pathlib.Path, mode: str, count: int, seed: int, workers:
 
 
 def load_split(cache: pathlib.Path, mode: str, count: int, seed: int, pixels: bool = True) -> Rendered:
-    """Read a rendered split back; ``pixels=False`` leaves the pictures out (the symbolic stage needs none)."""
+    """Read a rendered split back; ``pixels=False`` leaves the pictures out.
+
+    The symbolic stage needs none.
+    """
     scenes, images, labels = [], [], []
     for shard in range(-(-count // SHARD)):
         path = _npz(cache, mode, seed, shard)
@@ -104,7 +110,10 @@ def load_split(cache: pathlib.Path, mode: str, count: int, seed: int, pixels: bo
 
 @functools.cache
 def world_version() -> str:
-    """Digest a few scenes and their pixels: shards rendered before the world was changed are not used again."""
+    """Digest a few scenes and their pixels.
+
+    Shards that were rendered before the world was changed are not used again.
+    """
     digest = hashlib.sha256()
     for i in range(3):
         scene = scene_at(i, "prior", 0, UNSEEN_RATE)

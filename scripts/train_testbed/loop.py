@@ -1,4 +1,4 @@
-"""Run the whole recipe: data, vision, language, align and joint training, and the measurement at the end.
+"""Run the whole recipe: data, vision, language, align, joint training, measurement.
 
 Muon is the optimiser of the hidden matrices, AdamW of everything else, both in float32. Muon (Jordan et al. 2024)
 needs about a third fewer steps here. ``torch.optim.Muon`` orthogonalises in bfloat16, which is slow on processors

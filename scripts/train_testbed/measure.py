@@ -1,4 +1,4 @@
-"""Measure a trained model on held-out scenes: POPE, CHAIR and the shape of its captions, with exact ground truth.
+"""Measure a trained model on held-out scenes: POPE, CHAIR and the shape of its captions.
 
 This is the trainer's own yardstick, with its own small reader of captions; the benchmarks of the package measure the
 same independently.
@@ -90,7 +90,10 @@ def measure(folder: pathlib.Path, count: int, mode: str = "counter", seed: int =
 
 
 def score_captions(held_out: Sequence[Scene], spoken: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """Score CHAIR (Rohrbach et al. 2018) over first mentions, object recall, and how captions end and repeat."""
+    """Score CHAIR over first mentions, object recall, and how captions end and repeat.
+
+    Source: Rohrbach et al. 2018.
+    """
     named = [mentioned(text) for text, _ in spoken]
     wrong = [[name not in scene.visible for name in names] for scene, names in zip(held_out, named, strict=True)]
     recalled = sum(name in names for scene, names in zip(held_out, named, strict=True) for name in scene.visible)

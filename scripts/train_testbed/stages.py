@@ -1,4 +1,4 @@
-"""Define the four training stages; each one knows its parameters and how to compute the loss of step i.
+"""Define the four training stages: their parameters, and the loss of step i.
 
 Why four: trained end to end from scratch, a model of this size stays on a plateau where captions are pure prior and
 yes/no is chance. So the tower learns to see first (vision), the language model learns to read symbolic images
@@ -73,7 +73,10 @@ class Student(nn.Module):
         return self.tower(images).last_hidden_state[:, 1:]
 
     def embed(self, batch: Batch, seen: torch.Tensor) -> torch.Tensor:
-        """Embed tokens as (b, t, width), with ``seen`` (image tokens of all rows, width) in the places of the image."""
+        """Embed tokens as (b, t, width), with ``seen`` in the places of the image.
+
+        ``seen`` has the image tokens of all rows, (tokens, width).
+        """
         words = self.embedding(batch.ids)
         image = self.model.config.image_token_id
         return words.masked_scatter((batch.ids == image).unsqueeze(-1), seen.to(words.dtype))
@@ -85,7 +88,10 @@ class Student(nn.Module):
         return F.cross_entropy(self.patches(features).flatten(0, 1), labels.flatten(), weight=weight)
 
     def speak(self, embedded: torch.Tensor, batch: Batch, probe_weight: float) -> tuple[torch.Tensor, Metrics]:
-        """Compute the loss of descriptions and of answers, weighted alike whatever their lengths, and of the probes."""
+        """Compute the loss of descriptions, of answers and of the probes.
+
+        Descriptions and answers weigh alike, whatever their lengths.
+        """
         out = self.language(
             inputs_embeds=embedded,
             attention_mask=batch.mask,
@@ -157,7 +163,10 @@ class Stage:
 
 
 class VisionStage(Stage):
-    """Replace CLIP pre-training: name the patches of prior-free collages (two thirds) and scenes (one third)."""
+    """Replace CLIP pre-training: name the patches of collages and of scenes.
+
+    Two thirds of the pictures are collages without a prior.
+    """
 
     name, peak = "vision", 1.5e-3
 
@@ -184,7 +193,10 @@ class VisionStage(Stage):
 
 
 class LanguageStage(Stage):
-    """Read symbolic images: an image token is the code of its patch, so no vision is needed and sequences are short."""
+    """Read symbolic images: an image token is the code of its patch.
+
+    So no vision is needed, and sequences are short.
+    """
 
     name, peak = "language", 3e-3
     room = 132
@@ -285,7 +297,10 @@ def mirror_labels(labels: torch.Tensor, mirrored: bool) -> torch.Tensor:
 
 
 def thin_noise(scene: Scene, keep: float) -> Scene:
-    """Drop annotated but undrawn objects except for a share ``keep`` of them; which ones depends on the scene only."""
+    """Drop annotated but undrawn objects, except for a share ``keep`` of them.
+
+    Which ones are kept depends on the scene only.
+    """
     rng = random.Random(f"thin/{scene.seed}")
     kept = tuple(o for o in scene.objects if rng.random() < keep or o.visible)
     return dataclasses.replace(scene, objects=kept)
