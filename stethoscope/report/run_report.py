@@ -133,7 +133,7 @@ def plot_differences(table: Table) -> Plot | None:
     return plots.plot_forest(table.title, table.columns[-1], named, note)
 
 
-def _page(title: str, body: Markup, sortable: bool = True) -> str:
+def _page(title: str, body: Markup, sortable: bool) -> str:
     style, script = asset("diagnosis/viewer.css") + asset("report/report.css"), asset("report/sort.js")
     return document(title, body, style, script if sortable else "")
 

@@ -8,9 +8,13 @@ function make(name, text, kind) {
   return node;
 }
 
-function options(id, pairs) { // the choices of a menu, which keeps what is chosen
+function entries(pairs) { // of a menu: pairs of value and text
+  return pairs.map(([value, text]) => Object.assign(make("option", text), { value }));
+}
+
+function options(id, pairs) { // fills a menu, which keeps what is chosen
   const before = $(id).value;
-  $(id).replaceChildren(...pairs.map(([value, text]) => Object.assign(make("option", text), { value })));
+  $(id).replaceChildren(...entries(pairs));
   if (pairs.some(([value]) => value === before)) $(id).value = before;
 }
 

@@ -38,7 +38,8 @@ function changed(mention, side) { // whether the other run has no mention of thi
 }
 
 function differs(row) {
-  return !row.same || row.right !== row.other.right || row.mentions.some((mention) => changed(mention, row.other)) || row.other.mentions.some((mention) => changed(mention, row));
+  if (!row.same || row.right !== row.other.right) return true;
+  return row.mentions.some((mention) => changed(mention, row.other)) || row.other.mentions.some((mention) => changed(mention, row));
 }
 
 function alike(first, second) { // mentions with outcomes of two runs: of the first, those whose object became the second's
@@ -93,9 +94,10 @@ function fits(row) {
   if ($("run").value && row.run !== $("run").value) return false;
   if ($("fold").value && split.has(taskOf(row)) && row.fold !== $("fold").value) return false;
   if (!fitsKind(row) || !fitsNotes(row)) return false;
-  const both = row.other ? [row, row.other] : [row];
-  const texts = both.flatMap((side) => [side.answer, ...side.mentions.map((mention) => mention.object), ...side.notes.flatMap((note) => [note.text, note.author, ...note.tags])]);
-  return !find || [row.run || "", row.sample, row.question, ...texts].some((text) => text.toLowerCase().includes(find));
+  const mentions = row.other ? [...row.mentions, ...row.other.mentions] : row.mentions;
+  const texts = [row.run || "", row.sample, row.question, row.answer, row.other ? row.other.answer : "",
+    ...mentions.map((mention) => mention.object), ...notesOf(row).flatMap((note) => [note.text, note.author, ...note.tags])];
+  return !find || texts.some((text) => text.toLowerCase().includes(find));
 }
 
 function notesOf(row) {
@@ -125,7 +127,8 @@ function probability(row) { // of the mentions that the filter is about, the one
 }
 
 function ordered(shown) {
-  if ($("order").value === "together") return [...shown].sort((a, b) => a.task === b.task ? (a.sample > b.sample) - (a.sample < b.sample) : (a.task > b.task) - (a.task < b.task));
+  const compare = (a, b) => (a > b) - (a < b);
+  if ($("order").value === "together") return [...shown].sort((a, b) => compare(a.task, b.task) || compare(a.sample, b.sample));
   const sign = { high: -1, apart: -1, low: 1 }[$("order").value];
   if (!sign) return shown;
   const values = new Map(shown.map((row) => [row, probability(row)]));
@@ -279,8 +282,8 @@ function field(text, control) {
 
 function noteForm(row, side, name) { // of the sample or of one of its mentions; an empty one takes an earlier note back
   const form = make("form", undefined, "st-note st-controls"), about = make("select"), label = make("select"), tags = make("input"), words = make("textarea");
-  about.append(...[["", "the sample"], ...side.mentions.map(({ start, object, outcome }) => [start, `${object} (${outcome})`])].map(([value, text]) => Object.assign(make("option", text), { value })));
-  label.append(...["", 1, 0, -1].map((value) => Object.assign(make("option", LABELS[value]), { value })));
+  about.append(...entries([["", "the sample"], ...side.mentions.map(({ start, object, outcome }) => [start, `${object} (${outcome})`])]));
+  label.append(...entries(["", 1, 0, -1].map((value) => [value, LABELS[value]])));
   [tags.maxLength, words.maxLength, words.rows] = [300, 2000, 2];
   tags.placeholder = "separated by commas";
   const labelled = field("right label", label), fill = () => {
@@ -300,7 +303,9 @@ function noteForm(row, side, name) { // of the sample or of one of its mentions;
     event.preventDefault();
     const start = about.value === "" ? null : Number(about.value), names = tags.value.split(",").map((tag) => tag.trim()).filter(Boolean);
     editing.sent = true;
-    trigger("note", { run: name, shown: run, other, task: row.task, sample: row.sample, start, label: start === null || label.value === "" ? null : Number(label.value), tags: names, text: words.value.trim() });
+    const corrected = start === null || label.value === "" ? null : Number(label.value);
+    const sample = { run: name, shown: run, other, task: row.task, sample: row.sample, start };
+    trigger("note", { ...sample, label: corrected, tags: names, text: words.value.trim() });
   });
   fill();
   return form;
