@@ -19,6 +19,7 @@ from stethoscope.core.html import data_uri
 from stethoscope.core.types import Generation
 from stethoscope.diagnosis.viewer_parts import edit_payload
 from stethoscope.report.compare import compare
+from stethoscope.report.export import right_answer, shown_objects
 from stethoscope.report.run_report import collect_report, table_page
 from stethoscope.report.run_source import RunReader, readable
 from stethoscope.report.sample_list import describe_note, find_row, joined_rows, list_samples, read_state
@@ -267,15 +268,8 @@ class Runs:
         from stethoscope.detection.detector import Detector
 
         source = self.source(name)
-        with readable(source.folder):
-            holders = (known for known in source.store.fingerprints() if source.store.find(known, sample_id))
-            task = task or next(holders, "")
-            record = source.store.find(task, sample_id)
-            if record is not None and record.answer is not None:
-                edit_payload(record.edit, record.answer.text)  # a damaged edit is told here
-        if record is None or record.answer is None or not record.answer.token_ids:
-            raise ArtefactError(f"{name} has no answer to {task} sample {sample_id}")
-        notes = [f"Stored answer of the run {name}, sample {sample_id} of {task}."]
+        record = _answered_record(source, name, task, sample_id)
+        notes = [f"Stored answer of the run {name}, sample {sample_id} of {record.task}."]
         picture = self._read_picture(source, record, notes)
         if source.model in pool.names:
             model = source.model
@@ -287,11 +281,11 @@ class Runs:
             notes.append("Judged by the run's own detector.")
         file = Path(tempfile.mkdtemp(dir=self._picture_folder)) / "sample.png"
         picture.save(file)
-        label, objects = record.reference.get("label"), record.reference.get("objects")
-        if isinstance(label, str):
-            notes.append(f"The right answer is {label}.")
-        kept = (note for note in read_notes(source.folder) if (note.task, note.sample_id) == (task, sample_id))
+        if right_answer(record):
+            notes.append(f"The right answer is {right_answer(record)}.")
+        kept = (note for note in read_notes(source.folder) if (note.task, note.sample_id) == (record.task, sample_id))
         notes += map(describe_note, kept)
+        objects = shown_objects(record)
         return Question(
             model=model,
             picture=file,
@@ -301,10 +295,10 @@ class Runs:
             detector=detector,
             notes=tuple(notes),
             asks=record.asks,
-            truth=tuple(map(str, objects)) if isinstance(objects, list) else None,
+            truth=None if objects is None else tuple(objects),
             mentions=record.mentions or None,
             edit=record.edit,
-            case={"run": name, "mention": mention, **_neighbours(source, task, sample_id)},
+            case={"run": name, "mention": mention, **_neighbours(source, record.task, sample_id)},
         )
 
     def _run_folder(self, name: str | None) -> Path:
@@ -386,6 +380,29 @@ class Runs:
             samples = {sample.id: sample for sample in rebuilt.samples()}
             self._samples.put(described, samples)
         return samples
+
+
+def _answered_record(source: RunReader, name: str, task: str, sample_id: str) -> Record:
+    """Read the record of a sample that has an answer.
+
+    Args:
+        source: the run.
+        name: of the run, for the message.
+        task: of the sample; empty for the first that has a sample of this id.
+        sample_id: of the sample.
+
+    Raises:
+        ArtefactError: there is no such sample, it has no answer, or its record is damaged.
+    """
+    with readable(source.folder):
+        holders = (known for known in source.store.fingerprints() if source.store.find(known, sample_id))
+        task = task or next(holders, "")
+        record = source.store.find(task, sample_id)
+        if record is not None and record.answer is not None:
+            edit_payload(record.edit, record.answer.text)  # a damaged edit is told here
+    if record is None or record.answer is None or not record.answer.token_ids:
+        raise ArtefactError(f"{name} has no answer to {task} sample {sample_id}")
+    return record
 
 
 def _neighbours(source: RunReader, task: str, sample_id: str) -> dict[str, Any]:

@@ -313,10 +313,20 @@ def judged_mentions(record: Record, warnings: Sequence[Mapping[str, Any]]) -> li
 
 def reference_texts(record: Record) -> list[str]:
     """Return the ground truth of a sample as texts: its label, or the objects in the picture."""
-    label, objects = record.reference.get("label"), record.reference.get("objects")
-    if isinstance(label, (str, int)):
-        return [str(label)]
-    return [str(name) for name in objects] if isinstance(objects, list) else []
+    label = record.reference.get("label")
+    return [str(label)] if isinstance(label, (str, int)) else shown_objects(record) or []
+
+
+def right_answer(record: Record) -> str:
+    """Return the one right answer to a question; empty where there is none."""
+    label = record.reference.get("label")
+    return label if isinstance(label, str) else ""
+
+
+def shown_objects(record: Record) -> list[str] | None:
+    """Return the names of the objects that the picture shows; None where they are not known."""
+    objects = record.reference.get("objects")
+    return list(map(str, objects)) if isinstance(objects, list) else None
 
 
 def clean(value: Any) -> Any:

@@ -17,7 +17,7 @@ from stethoscope.core.html import asset, data_uri, document, json_block, render
 from stethoscope.core.text import counted
 from stethoscope.diagnosis.answer_verdicts import mention_outcome
 from stethoscope.relevancy.heatmaps import OPACITY, RAMP
-from stethoscope.report.export import RunExport, clean, outcome_of
+from stethoscope.report.export import RunExport, clean, outcome_of, right_answer, shown_objects
 from stethoscope.report.metrics_tables import task_title
 from stethoscope.report.run_source import RunReader, readable
 from stethoscope.storage.records import Record
@@ -293,7 +293,6 @@ def _row(record: Record, judged: Sequence[Mapping[Any, Any]], answer_length: int
         ]
         for line in judged
     ]
-    label, objects = record.reference.get("label"), record.reference.get("objects")
     counts = {} if record.score is None else record.score.counts
     outcome = None if "captions" in counts else outcome_of(record, ())
     if not judged and outcome is None:  # where an answer is right or wrong, its mentions would only repeat that
@@ -309,8 +308,8 @@ def _row(record: Record, judged: Sequence[Mapping[Any, Any]], answer_length: int
         "status": record.status,
         "fold": str(judged[0]["fold"]) if judged else "",
         "right": None if outcome is None else outcome.correct,
-        "truth": label if isinstance(label, str) else "",
-        "objects": list(map(str, objects)) if isinstance(objects, list) else None,
+        "truth": right_answer(record),
+        "objects": shown_objects(record),
         "mentions": mentions,
     }
 
