@@ -29,7 +29,7 @@ def run(config: DictConfig) -> None:
         state = ask_task(engine, generation, task, file, config.limit, config.overwrite)
     held = state.done - state.failed
     new = f", {state.answered} of them new" if state.resumed else ""
-    cut = f", {state.cut} cut off at the longest length" if state.cut else ""
+    cut = f", {state.truncated} cut off at the longest length" if state.truncated else ""
     print(f"{held} of {state.total} samples answered{new}{cut}: {file.path}")
     if state.answered:
         print(

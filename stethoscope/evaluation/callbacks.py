@@ -28,6 +28,7 @@ from stethoscope.storage.saved_heatmaps import ATTENTION, MAX_SIDE, RELEVANCY, H
 from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.console import Console
 
     from stethoscope.core.types import Sample
@@ -106,20 +107,18 @@ class Progress(Callback):
     def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
         """Advance the bar."""
         if self._bar is not None:
-            self._bar.update(self._line, completed=run.done, rate=self._rate(run), failed=self._failed(run))
+            self._bar.update(self._line, completed=run.done, rate=self._rate(run), failed=_failed(run))
         elif time.monotonic() - self._printed >= self.every and run.done < run.total:
             self._printed = time.monotonic()
-            left = (run.total - run.done) / max(self._speed(run), 1e-9)
-            self._say(
-                f"{run.task.name}: {run.done}/{run.total}, {self._rate(run)}, {_duration(left)} left{self._failed(run)}"
-            )
+            left = _duration((run.total - run.done) / max(_speed(run, self._started), 1e-9))
+            self._say(f"{run.task.name}: {run.done}/{run.total}, {self._rate(run)}, {left} left{_failed(run)}")
 
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
         """End the bar."""
         if self._bar is None:
             seconds = _duration(time.monotonic() - self._started)
             rate = f", {self._rate(run)}" if run.done > run.resumed else ""
-            self._say(f"{run.task.name}: {run.done}/{run.total} in {seconds}{rate}{self._failed(run)}")
+            self._say(f"{run.task.name}: {run.done}/{run.total} in {seconds}{rate}{_failed(run)}")
         self._stop()
 
     def on_exception(self, run: RunState, error: BaseException) -> None:
@@ -140,7 +139,7 @@ class Progress(Callback):
             console=self._console,
         )
         self._line = self._bar.add_task(
-            run.task.name, total=run.total, completed=run.done, rate="", failed=self._failed(run)
+            run.task.name, total=run.total, completed=run.done, rate="", failed=_failed(run)
         )
         self._bar.start()
         wrap_streams()  # the bar puts its own in the place of standard output, which would pass styles on
@@ -153,14 +152,8 @@ class Progress(Callback):
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _speed(self, run: RunState) -> float:
-        return (run.done - run.resumed) / max(time.monotonic() - self._started, 1e-9)
-
     def _rate(self, run: RunState) -> str:
-        return f"{self._speed(run):.1f} samples/s"
-
-    def _failed(self, run: RunState) -> str:
-        return f", {run.failed} failed" if run.failed else ""
+        return f"{_speed(run, self._started):.1f} samples/s"
 
 
 class Timing(Callback):
@@ -181,7 +174,7 @@ class Timing(Callback):
         now = time.monotonic()
         if now - self._logged >= self.every or run.done == run.total:
             self._logged = now
-            speed = (run.done - run.resumed) / max(now - self._started, 1e-9)
+            speed = _speed(run, self._started)
             figures = {"share": run.done / run.total, "failed": float(run.failed), "samples_per_second": speed}
             if speed:
                 figures["minutes_left"] = (run.total - run.done) / speed / 60
@@ -245,11 +238,10 @@ class SampleTable(Callback):
         if sample is None:
             return None
         try:
-            image = sample.image.load().copy()
+            picture = sample.image.load()
         except DataError:  # a failed sample, which the table says
             return None
-        image.thumbnail((self.SIDE, self.SIDE))
-        return TablePicture(image, sample.image.name)
+        return TablePicture(_thumbnail(picture, self.SIDE), sample.image.name)
 
 
 class SaveHeatmaps(Callback):
@@ -288,9 +280,7 @@ class SaveHeatmaps(Callback):
         shows = ATTENTION if trace.relevancy is None else RELEVANCY
         maps = self._maps(run, trace, picture.size, dict(sorted(last_tokens.items())))
         if maps or self.pictures:
-            small = picture.copy() if self.pictures else None
-            if small is not None:
-                small.thumbnail((self.side, self.side))
+            small = _thumbnail(picture, self.side) if self.pictures else None
             HeatmapFile(run.store.run_dir).append(run.task.name, sample.id, answer, small, maps, shows)
 
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
@@ -324,6 +314,22 @@ class SaveHeatmaps(Callback):
         top = heatmaps.max((-2, -1), keepdims=True)
         scaled = np.rint(255 * heatmaps / np.where(top > 0, top, 1)).astype(np.uint8)
         return dict(zip(tokens, scaled, strict=True))
+
+
+def _speed(run: RunState, started: float) -> float:
+    """Compute the samples per second of this session, which started at a time of ``time.monotonic``."""
+    return (run.done - run.resumed) / max(time.monotonic() - started, 1e-9)
+
+
+def _failed(run: RunState) -> str:
+    return f", {run.failed} failed" if run.failed else ""
+
+
+def _thumbnail(picture: Image, side: int) -> Image:
+    """Copy a picture, scaled down so that its longer side has at most ``side`` pixels."""
+    copy = picture.copy()
+    copy.thumbnail((side, side))
+    return copy
 
 
 def _duration(seconds: float) -> str:

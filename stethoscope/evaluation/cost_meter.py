@@ -49,7 +49,7 @@ class CostMeter(Callback):
     first_only = True
 
     def __init__(self, leaving: bool = False) -> None:
-        """Attach nothing yet."""
+        """Store the setting; the counter is attached when the model is set up."""
         self._leaving = leaving
         self._hook: Any = None
         self._rows: int | None = None

@@ -24,6 +24,7 @@ from typing import Any
 
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.system import HINT, env_int, rank, world_size
+from stethoscope.core.text import listed, one_line
 
 COLLECTIVE_TIMEOUT = timedelta(days=30)
 """How long a finished rank waits for the others, because ranks may end hours apart. A process that dies is noticed at
@@ -278,8 +279,8 @@ class Rendezvous:
         Raises:
             CapabilityError: the time is up.
         """
-        shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        whom = f"process{'es' if len(missing) > 1 else ''} {shown} of {self.world_size} (numbered from 0)"
+        ranks = listed([str(other) for other in missing], 8)
+        whom = f"process{'es' if len(missing) > 1 else ''} {ranks} of {self.world_size} (numbered from 0)"
         waited = time.monotonic() - self._started
         if waited > 60 * self.minutes:
             raise CapabilityError(
@@ -320,7 +321,7 @@ def call_interruptibly(call: Callable[[], Any]) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:100]
+    return one_line(error)[:100]
 
 
 def _leave() -> None:

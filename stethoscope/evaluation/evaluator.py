@@ -84,7 +84,7 @@ class Evaluator:
         for name, number, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if number is None and name == "limit":
                 continue
-            if isinstance(number, bool) or not isinstance(number, int):
+            if type(number) is not int:
                 raise ConfigError(f"{name}={number!r} should be a whole number")
             if number < least:
                 raise ConfigError(f"{name}={number} should be at least {least}")

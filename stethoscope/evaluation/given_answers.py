@@ -195,20 +195,24 @@ def summarise(counted: Iterable[Mapping[str, float]]) -> dict[str, Any]:
     return figures
 
 
+def _describe_log(figures: Mapping[str, Any]) -> str:
+    """Write who wrote the answers of a log, and to how many samples of the task."""
+    writer = " ".join(filter(None, (figures["model"], figures["revision"])))
+    by, engine = f", written by {writer}" if writer else "", f" with {figures['engine']}" if figures["engine"] else ""
+    failed = f", {figures['failed']:,} of them because it failed" if figures["failed"] else ""
+    unmatched = f"; answers to no sample of the task: {figures['unmatched']:,}" if figures["unmatched"] else ""
+    return (
+        f"answers from {figures['file']} ({figures['format']}{by}{engine}): "
+        f"{figures['samples'] - figures['missing']:,} of {figures['samples']:,} samples; left out, without an "
+        f"answer: {figures['missing']:,}{failed}{unmatched}"
+    )
+
+
 def describe(figures: Mapping[str, Any]) -> list[str]:
     """Write the figures of given answers as sentences: where they come from, how they were read, who wrote them."""
     lines = []
     if "file" in figures:
-        written = " ".join(filter(None, (figures["model"], figures["revision"])))
-        origin = ", written by " * bool(written) + written + " with " * bool(figures["engine"]) + figures["engine"]
-        lines.append(
-            f"answers from {figures['file']} ({figures['format']}{origin}): "
-            f"{figures['samples'] - figures['missing']:,} of {figures['samples']:,} samples; left out, without an "
-            f"answer: {figures['missing']:,}"
-            + (f", {figures['failed']:,} of them because it failed" if figures["failed"] else "")
-            + (f"; answers to no sample of the task: {figures['unmatched']:,}" if figures["unmatched"] else "")
-        )
-        lines += [f"of this log: {note}" for note in figures.get("notes", ())]
+        lines += [_describe_log(figures), *(f"of this log: {note}" for note in figures.get("notes", ()))]
     if figures.get("retokenised"):
         share = figures["changed"] / figures["retokenised"]
         lines.append(f"tokenised again: {figures['retokenised']:,} answers, which changes the text of {share:.1%}")

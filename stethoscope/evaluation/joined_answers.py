@@ -113,9 +113,9 @@ class Scheme(NamedTuple):
     """A way to find the samples that an answer may belong to.
 
     Attributes:
-        samples: by what answers are looked up by.
-        key: returns that of an answer; None for one that has no such thing.
-        needs_question: whether it proves little by itself, so that the question must be checked too.
+        samples: by key, such as an id or a row of the data set.
+        key: returns the key of an answer; None for one without.
+        needs_question: whether a key proves little by itself, so that the question must be checked too.
     """
 
     samples: Mapping[Any, Sequence[Sample]]
@@ -134,17 +134,11 @@ def _schemes(log: AnswerLog, samples: Sequence[Sample]) -> Iterator[Scheme]:
     for index, sample in enumerate(samples):
         own.setdefault(_short_id(sample.id.removeprefix(f"{sample.subset}-")), []).append(sample)
         rows.setdefault(index if sample.image.row is None else sample.image.row, []).append(sample)
-    by_id, by_own = Scheme(ids, _id, False), Scheme(own, _own_id, False)
-    schemes = [by_id] if any(answer.id in ids for answer in log.answers) else [by_own, Scheme(rows, _row, True)]
+    schemes = [Scheme(ids, lambda answer: answer.id, False)]
+    if not any(answer.id in ids for answer in log.answers):
+        by_own = Scheme(own, lambda answer: None if answer.id is None else _short_id(answer.id), False)
+        schemes = [by_own, Scheme(rows, _row, True)]
     return (scheme for scheme in schemes if any(scheme.key(answer) in scheme.samples for answer in log.answers))
-
-
-def _id(answer: LoggedAnswer) -> str | None:
-    return answer.id
-
-
-def _own_id(answer: LoggedAnswer) -> str | None:
-    return None if answer.id is None else _short_id(answer.id)
 
 
 def _short_id(id_: str) -> str:

@@ -18,6 +18,7 @@ from stethoscope.adapters.base import ForeignTokens
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.images import profile_text
 from stethoscope.core.system import free_memory, out_of_memory
+from stethoscope.core.text import one_line
 from stethoscope.core.types import Answer, Mention, Sample, Score, required
 from stethoscope.evaluation.given_answers import read_answer
 from stethoscope.evaluation.state import describe_failure
@@ -60,21 +61,21 @@ class SampleChanged(DataError):
 
 @dataclass(eq=False)
 class SampleState:
-    """A sample on its way through the pipeline."""
+    """A sample on its way through the pipeline; what is not known yet is None or empty."""
 
     sample: Sample
-    encoded: Encoded | None = None
+    encoded: Encoded | None = None  # with the prompt's KV cache while there is one
     answer: Answer | None = None
     score: Score | None = None
     mentions: tuple[Mention, ...] = ()
-    rows: pa.Table | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    rows: pa.Table | None = None  # token rows of a traced answer
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
     prompt: str = ""
     prompt_sha256: str = ""
     image_sha256: str = ""
     picture: str = ""  # profile of its pixels
     edit: Mapping[str, Any] = field(default_factory=dict)  # of the answer by a mitigation
-    error: Exception | None = None
+    error: Exception | None = None  # that made the sample fail
     given: Mapping[str, Any] = field(default_factory=dict)  # how a given answer was read
     recorded: Record | None = None  # of an answer that is only traced; its record survives any error
 
@@ -140,7 +141,7 @@ class SamplePipeline:
         self._editor = session.editor
         method = self.generation.mitigation
         self._writer = method if method is not None and method.writes else None
-        self._plain = self.generation if self._writer is None else replace(self.generation, mitigation=None)
+        self._unwritten = self.generation if self._writer is None else replace(self.generation, mitigation=None)
         self._has_read_ids = False  # of a log, so that they are of this model's tokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> list[Record]:
@@ -243,9 +244,9 @@ class SamplePipeline:
         prompts = [state.inputs for state in states]
         traced = self.features is not None or self._editor is not None
         if not traced or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
-            return self.run.adapter.generate(prompts, self._plain)
+            return self.run.adapter.generate(prompts, self._unwritten)
         prompts = self.run.adapter.prefill(prompts, self._requires)
-        answers, prompts = self.run.adapter.generate_with_cache(prompts, self._plain)
+        answers, prompts = self.run.adapter.generate_with_cache(prompts, self._unwritten)
         for state, encoded in zip(states, prompts, strict=True):
             state.encoded = encoded
         return answers
@@ -278,7 +279,7 @@ class SamplePipeline:
     def _in_batches(
         self, states: Sequence[SampleState], stage: str, call: Callable[[Sequence[SampleState]], Sequence[Result]]
     ) -> list[Result | None]:
-        """Results of a call for a whole batch.
+        """Call a function for all states, in as few batches as memory and errors allow, and return its results.
 
         A batch that does not fit into memory is done in halves, and so are all that follow. A batch that fails
         otherwise is tried again in halves, so that only the samples at fault are lost: their result is None.
@@ -287,15 +288,15 @@ class SamplePipeline:
         results: list[Result | None] = []
         while len(results) < len(states):
             batch = states[len(results) :][: self._max_batch.get(stage)]
-            done = self._try_batch(batch, stage, call)
-            if done is None:
-                self._max_batch[stage] = len(batch) // 2
+            done, short = self._try_batch(batch, stage, call)
+            half = len(batch) // 2
+            if done is not None:
+                results += done
+            elif short:
+                self._max_batch[stage] = half
                 _release_cache(self._batch)
                 free_memory()
-            elif done:
-                results += done
             else:
-                half = len(batch) // 2
                 results += self._in_batches(batch[:half], stage, call)
                 results += self._in_batches(batch[half:], stage, call)
         most = self._max_batch.get(stage)
@@ -308,10 +309,14 @@ class SamplePipeline:
 
     def _try_batch(
         self, states: Sequence[SampleState], stage: str, call: Callable[[Sequence[SampleState]], Sequence[Result]]
-    ) -> list[Result | None] | None:
-        """Results of one call, its time shared evenly; none where it fails for several, None if that was memory."""
+    ) -> tuple[list[Result | None] | None, bool]:
+        """Call a function for one batch, and share its time evenly; return results, and whether memory was short.
+
+        There is no list where several samples failed together; for one that failed by itself the result is None.
+        """
         start = time.perf_counter()
-        results: list[Result | None] | None = []
+        results: list[Result | None] | None = None
+        short = False
         try:
             results = list(call(states))
             if len(results) != len(states):
@@ -322,13 +327,15 @@ class SamplePipeline:
             short = out_of_memory(error)
             if self.on_error == "raise" and not (short and len(states) > 1):
                 raise
-            results = None if short else []
+            results = None
             if len(states) == 1:
-                states[0].error, results = _without_frames(error) if short else error, [None]
+                if short:  # a copy without frames, which hold on to memory that other samples need
+                    error = DataError(f"does not fit into memory, even by itself: {one_line(error)[:200]}")
+                states[0].error, results = error, [None]
         share = (time.perf_counter() - start) / len(states)
         for state in states:
             state.seconds[stage] = state.seconds.get(stage, 0.0) + share
-        return results
+        return results, short
 
     def _score(self, state: SampleState) -> None:
         """Score the answer and label its mentions, where that is not done."""
@@ -427,11 +434,6 @@ def _release_cache(states: Sequence[SampleState]) -> None:
     for state in states:
         if state.encoded is not None and (state.encoded.cache is not None or state.encoded.recorded is not None):
             state.encoded = replace(state.encoded, cache=None, recorded=None)
-
-
-def _without_frames(error: Exception) -> DataError:
-    """Copy an out-of-memory error without its frames, which hold on to memory that other samples need."""
-    return DataError(f"does not fit into memory, even by itself: {' '.join(str(error).split())[:200]}")
 
 
 def _finite(answer: Answer) -> Answer:

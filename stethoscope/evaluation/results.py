@@ -96,8 +96,8 @@ class TaskResults:
 
     def rows(self) -> tuple[list[str], list[list[Any]]]:
         """Return column names and rows of the long table, a row for every metric and subset."""
-        columns = ["metric", "subset", "value", "low", "high", "items", "groups"]
-        return columns, [[row.to_dict()[name] for name in columns] for row in self.metrics]
+        columns = ["metric", "subset", *_INTERVAL]
+        return columns, [[figures[name] for name in columns] for figures in (row.to_dict() for row in self.metrics)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the section of ``metrics.json``."""

@@ -37,7 +37,7 @@ class AskingState:
         done: number of samples done, failed ones included.
         resumed: number of samples that were done before this session.
         failed: number of samples without an answer.
-        cut: answers of this session that were cut off at the longest length.
+        truncated: answers of this session that were cut off at the longest length.
         with_ids: answers of this session with token ids.
         with_logprobs: answers of this session with log-probabilities.
         first_failure: sample and reason of the first failure; empty without one.
@@ -48,7 +48,7 @@ class AskingState:
     done: int = 0
     resumed: int = 0
     failed: int = 0
-    cut: int = 0
+    truncated: int = 0
     with_ids: int = 0
     with_logprobs: int = 0
     first_failure: str = ""
@@ -62,7 +62,7 @@ class AskingState:
     def count(self, reply: Reply) -> None:
         """Count an answer."""
         self.done += 1
-        self.cut += reply.finish_reason == "length"
+        self.truncated += reply.finish_reason == "length"
         self.with_ids += reply.token_ids is not None
         self.with_logprobs += reply.logprobs is not None
 
@@ -73,8 +73,8 @@ class AskingState:
         self.first_failure = self.first_failure or f"sample {sample.id}: {_message(error)}"
 
 
-class _Encoded(NamedTuple):
-    image: bytes
+class _ImageFile(NamedTuple):
+    data: bytes
     kind: str
     sha256: str
 
@@ -197,8 +197,8 @@ async def _work(
     for sample in queue:
         line = {"id": sample.id, "image": sample.image.name, "question": sample.question, "subset": sample.subset}
         try:
-            encoded = await asyncio.to_thread(_encode, sample)
-            reply = await client.ask(sample.question, encoded.image, encoded.kind)
+            image = await asyncio.to_thread(_image_file, sample)
+            reply = await client.ask(sample.question, image.data, image.kind)
         except DataError as error:
             state.fail(sample, error)
             file.append({**line, **origin, "error": _message(error)})
@@ -213,7 +213,7 @@ async def _work(
                 "prompt_token_ids": reply.prompt_token_ids,
                 "finish_reason": reply.finish_reason,
             }
-            values = {**line, **answer, **origin, "image_sha256": encoded.sha256}
+            values = {**line, **answer, **origin, "image_sha256": image.sha256}
             file.append({name: value for name, value in values.items() if value is not None})
         progress.on_batch_end(state, ())
 
@@ -222,7 +222,7 @@ def _message(error: Exception) -> str:
     return one_line(redact_text(str(error)))
 
 
-def _encode(sample: Sample) -> _Encoded:
+def _image_file(sample: Sample) -> _ImageFile:
     """Read the image of a sample as the bytes that are sent, with its digest.
 
     Raises:
@@ -233,7 +233,7 @@ def _encode(sample: Sample) -> _Encoded:
         data, kind = portable_bytes(picture, None if callable(source) else source)
     except OSError as error:
         raise DataError(f"image {sample.image.name!r} cannot be read: {error}") from None
-    return _Encoded(data, kind, sample.image.sha256)
+    return _ImageFile(data, kind, sample.image.sha256)
 
 
 def _settings(client: ChatClient, task: Task, served: ServedModel) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.errors import StethoscopeError
-from stethoscope.core.text import redact_text
+from stethoscope.core.text import one_line, redact_text
 from stethoscope.core.types import Sample
 from stethoscope.evaluation.distributed import DistributedState, current_state
 from stethoscope.evaluation.given_answers import count_given
@@ -112,5 +112,5 @@ class RunState:
 
 def describe_failure(error: BaseException) -> str:
     """Describe an error in one line, with its type unless it is one of ours."""
-    text = redact_text(" ".join(str(error).split()))
+    text = redact_text(one_line(error))
     return text if isinstance(error, StethoscopeError) else f"{type(error).__name__}: {text}".rstrip(": ")
