@@ -113,8 +113,8 @@ def feature_sets_table() -> str:
     from stethoscope.features import named_set
 
     sets = {name: title for name, title in choices("features").items() if not name.startswith("paper/")}
-    rows = [(f"`{name}`", len(named_set(name).features), named_set(name).cost, title) for name, title in sets.items()]
-    return table(["`features=`", "features", "cost", "what"], rows)
+    rows = [(f"`{name}`", title, len(named_set(name).features), named_set(name).cost) for name, title in sets.items()]
+    return table(["`features=`", "what", "features", "cost"], rows)
 
 
 def published_table() -> str:

@@ -2,7 +2,7 @@
 
 ``drop`` costs no pass beyond the one that the detector reads; ``ask`` puts a question about every doubtful object and
 removes those that the model itself denies (as Woodpecker does with an external detector, Yin et al. 2023); ``rerank``
-samples further answers and keeps the one with the least expected hallucinations. All edit descriptions only: a yes or
+samples further answers and keeps the one with the fewest expected hallucinations. All edit descriptions only: a yes or
 no to a question is left as it is.
 """
 
@@ -96,7 +96,7 @@ class Ask(Drop):
 
 @dataclass(frozen=True)
 class Rerank(EditingMitigation):
-    """Sample further answers, and take the one with the least expected hallucinations.
+    """Sample further answers, and take the one with the fewest expected hallucinations.
 
     The score of an answer is sum p - gain * sum (1 - p) over its mentions, p the probability of hallucination: expected
     hallucinated mentions less ``gain`` for every right one that is expected. Without the second term the answer that
