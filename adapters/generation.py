@@ -349,7 +349,10 @@ class AnswerGenerator:
         ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
         answers = [self._tokens.read(*pair, generation.stop) for pair in zip(ids, values, strict=True)]
         self.prefixes.store(encoded, lengths, output.past_key_values, embeds[-1] if embeds else None)
-        record = None if recorder is None else RecordedAnswers([part.token_ids for part in answers], columns, recorder)
+        record = None
+        if recorder is not None:
+            keys = [layer.keys for layer in output.past_key_values.layers]
+            record = RecordedAnswers([part.token_ids for part in answers], columns, keys, recorder)
         if not return_cache or all(prompt.cache is not None for prompt in encoded):
             return answers, no_caches, record
         return answers, self._forward.prompt_caches(output.past_key_values, encoded, columns, embeds), record

@@ -39,7 +39,8 @@ class AnswerRecorder(AttentionRecorder):
         depth: number of layers whose outputs are recorded; 0 without a lens.
         hidden: (B, 1, D) after each of these layers, pass by pass.
         queries: (B, H, 1, d) of each attention module, pass by pass.
-        calls: by name of the module, in the order of a pass, the last call's site, module, keys and options.
+        calls: by name of the module, in the order of a pass, the first call's site, module and options. Its keys stay
+            in the cache, since holding on to those of every pass costs more than all else that is recorded.
     """
 
     roles = ("language",)
@@ -51,7 +52,7 @@ class AnswerRecorder(AttentionRecorder):
         self.scores: list[Tensor] = []
         self.hidden: list[Tensor] = []
         self.queries: list[Tensor] = []
-        self.calls: dict[str, tuple[Site, nn.Module, Tensor, dict[str, Any]]] = {}
+        self.calls: dict[str, tuple[Site, nn.Module, dict[str, Any]]] = {}
 
     @contextmanager
     def recorded(self, model: PreTrainedModel) -> Iterator[None]:
@@ -65,7 +66,8 @@ class AnswerRecorder(AttentionRecorder):
 
     def observe(self, site: Site, module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
         self.queries.append(last_row(query))
-        self.calls[site.name] = site, module, key, options
+        if site.name not in self.calls:
+            self.calls[site.name] = site, module, options
 
     def _run_layer(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Run a layer and keep its output at the last position; a forward hook takes twice as long."""
@@ -95,11 +97,13 @@ class RecordedAnswers:
     Attributes:
         token_ids: of every answer.
         columns: of every prompt, the ranges of its tokens in the sequence that ``generate`` read.
+        keys: (B, key-value heads, sequence, d) of every layer, when the answers were finished.
         recorder: of the call.
     """
 
     token_ids: Sequence[tuple[int, ...]]
     columns: Sequence[Sequence[slice]]
+    keys: Sequence[Tensor]
     recorder: AnswerRecorder
 
     def covers(self, indices: Sequence[int], token_ids: Sequence[Sequence[int]], requires: frozenset[str]) -> bool:
@@ -115,43 +119,57 @@ class RecordedAnswers:
             prompts: of these answers.
             requires: parts of the trace, of those recorded.
         """
-        count, chosen = max(len(self.token_ids[index]) for index in indices), list(indices)
-        picked = slice(None) if chosen == list(range(len(self.token_ids))) else chosen  # all, without a copy
+        count, picked = max(len(self.token_ids[index]) for index in indices), self._picked(indices)
         depth, states = self.recorder.depth, self.recorder.hidden
         hidden = [torch.cat(states[layer::depth][:count], 1)[picked] for layer in range(depth)]
         logits = torch.stack(self.recorder.scores[:count], 1)[picked]
         attention = None
         if not requires.isdisjoint(ATTENTION_REQUIREMENTS):
-            attention = self._attention(chosen, prompts, count, requires)
+            attention = self._attention(indices, prompts, count, requires)
         return RecordedRows(attention, hidden, logits)
 
+    def _picked(self, indices: Sequence[int]) -> slice | list[int]:
+        """Return what takes some answers out of a batch: a slice, which copies nothing, where these are all."""
+        return slice(None) if list(indices) == list(range(len(self.token_ids))) else list(indices)
+
     def _attention(
-        self, chosen: list[int], prompts: Sequence[Encoded], count: int, requires: frozenset[str]
+        self, indices: Sequence[int], prompts: Sequence[Encoded], count: int, requires: frozenset[str]
     ) -> RowAttentionRecorder:
         """Compute the maps of rows, whose keys are the prompt, padded on the left, and the earlier answer tokens."""
         lengths = [prompt.spans.length for prompt in prompts]
         longest, width = max(lengths), max(part.stop for parts in self.columns for part in parts)
         total = longest + count - 1
         offsets = [longest - length for length in lengths]
-        columns = torch.zeros(len(chosen), total, dtype=torch.long)
-        columns[:, longest:] = torch.arange(width, width + count - 1)
-        for row, answer in enumerate(chosen):
-            own = [column for part in self.columns[answer] for column in range(part.start, part.stop)]
-            columns[row, offsets[row] : longest] = torch.tensor(own)
         seen = torch.arange(total) >= torch.tensor(offsets)[:, None]
         seen = seen[:, None, None] & torch.ones(count, total, dtype=torch.bool).tril_(longest - 1)
         calls, queries = self.recorder.calls, self.recorder.queries
         dtype = queries[0].dtype
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
         spans = [prompt.spans.shifted(offset) for prompt, offset in zip(prompts, offsets, strict=True)]
-        steps = torch.arange(count).expand(len(chosen), -1)
+        steps = torch.arange(count).expand(len(prompts), -1)
         attention = RowAttentionRecorder(steps, spans, total, None, offsets, longest - 1, requires)
-        for layer, (site, module, keys, options) in enumerate(calls.values()):
-            query = torch.cat(queries[layer :: len(calls)][:count], 2)[chosen]
-            key = torch.stack(
-                [keys[answer].index_select(1, own.to(keys.device)) for answer, own in zip(chosen, columns, strict=True)]
-            )
+        columns, picked = self._key_columns(indices, lengths, total), self._picked(indices)
+        for layer, ((site, module, options), keys) in enumerate(zip(calls.values(), self.keys, strict=True)):
+            query = torch.cat(queries[layer :: len(calls)][:count], 2)[picked]
+            if columns is None:
+                key = keys[picked][:, :, width - longest : width + count - 1]
+            else:
+                pairs = zip(indices, columns, strict=True)
+                key = torch.stack([keys[answer].index_select(1, own.to(keys.device)) for answer, own in pairs])
             mask = mask.to(query.device)
             attention.on_weights(site, eager_attention(module, query, key, key[..., :0], mask, **options)[1])
         attention.finish()
         return attention
+
+    def _key_columns(self, indices: Sequence[int], lengths: Sequence[int], total: int) -> Tensor | None:
+        """Return the (answers, total) columns of the cache with the keys of rows; None where they are the last ones."""
+        pieces = [[part for part in self.columns[answer] if part.start < part.stop] for answer in indices]
+        if all(len(parts) == 1 for parts in pieces):
+            return None
+        longest, width = max(lengths), max(part.stop for parts in self.columns for part in parts)
+        columns = torch.zeros(len(indices), total, dtype=torch.long)
+        columns[:, longest:] = torch.arange(width, width + total - longest)
+        for row, (parts, length) in enumerate(zip(pieces, lengths, strict=True)):
+            own = [column for part in parts for column in range(part.start, part.stop)]
+            columns[row, longest - length : longest] = torch.tensor(own)
+        return columns
