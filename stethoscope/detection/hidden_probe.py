@@ -151,15 +151,21 @@ def in_single_precision(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 
 def _moments(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of the columns; 0 and 1 where there is no spread."""
-    known = np.isfinite(states)
-    count = np.maximum(known.sum(0), 1)
-    mean = np.where(known, states, 0).sum(0) / count
-    spread = np.sqrt(np.where(known, (states - mean) ** 2, 0).sum(0) / count)
+    missing = np.isnan(states)
+    count = np.maximum(len(states) - missing.sum(0), 1)
+    mean = np.where(missing, 0, states).sum(0) / count
+    squares = states - mean
+    squares *= squares
+    squares[missing] = 0
+    spread = np.sqrt(squares.sum(0) / count)
     return mean, np.where(spread > 1e-6, spread, 1.0)
 
 
 def _standardise(states: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return np.nan_to_num((states - mean) / scale, nan=0.0)
+    inputs = states - mean
+    inputs /= scale
+    inputs[np.isnan(inputs)] = 0
+    return inputs
 
 
 def _train(inputs: np.ndarray, targets: np.ndarray, seed: int, epochs: int, steps: int) -> tuple[np.ndarray, ...]:
