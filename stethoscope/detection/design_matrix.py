@@ -220,7 +220,7 @@ class Inputs:
             shared: fits in common with other detectors; None for none.
         """
         count, evidence = len(self.objects), self.evidence_columns
-        model = Factored(kind, count, C, seed) if self.factored else make_estimator(kind, seed)
+        model = Factored(kind, count, C, seed) if self.factored else make_estimator(kind, seed, draft)
         if self.hidden:
             more = None if unlabelled is None else self._before_evidence(unlabelled)
             model = Probed(model, len(self.hidden), C, seed, self.taught, more, draft, shared)

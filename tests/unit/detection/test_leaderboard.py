@@ -7,12 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.token_tables import halves, token_table
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection import leaderboard as board
 from stethoscope.detection.baselines import Constant, PositionOnly, TextPrior, baselines
+from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.estimators import DRAFT_TREES
+from stethoscope.detection.inference import MAX_TREES
 from stethoscope.detection.leaderboard import AREAS, METRICS, build_leaderboard
 from stethoscope.detection.training import ablate, feature_groups, train_detector
 from stethoscope.metrics import classification
@@ -198,6 +202,15 @@ def test_a_detector_of_shuffled_labels_sits_at_one_half():
     # one shuffle has a standard deviation of 0.17 with these four features, twenty of four tables 0.02
     assert abs(np.mean([interval.value for interval in intervals]) - 0.5) < 0.06
     assert sum(interval.low < 0.5 < interval.high for interval in intervals) >= 3
+
+
+def test_shuffled_labels_are_learned_from_fewer_trees(monkeypatch):
+    fitted = []
+    fit = CalibratedModel.fit.__func__
+    monkeypatch.setattr(board.CalibratedModel, "fit", lambda *a: fitted.append(a[0]) or fit(CalibratedModel, *a))
+    train_detector(TABLE, Detector("boosting"), replicates=20)
+    trees = [estimator.max_iter for estimator in fitted if isinstance(estimator, HistGradientBoostingClassifier)]
+    assert trees == [MAX_TREES, *[DRAFT_TREES] * board.SHUFFLES]
 
 
 def test_matched_pairs_are_counted_by_hand():
