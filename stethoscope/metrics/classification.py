@@ -236,12 +236,12 @@ class BinOrder:
     two cuts goes into every pair alike.
 
     Attributes:
-        between: (cuts, n) 1 for the grounded items between the cut before and this one, else 0.
-        at: (cuts, n) 1 for the hallucinated items at a cut, 1/2 at each of the two around grounded ones of their score.
+        grounded: (cuts, n) 1 for the grounded items between the cut before and this one, else 0.
+        hallucinated: (cuts, n) 1 for those at a cut, 1/2 at each of the two cuts around grounded items of their score.
     """
 
-    between: csr_array
-    at: csr_array
+    grounded: csr_array
+    hallucinated: csr_array
 
     @classmethod
     def of(
@@ -270,7 +270,7 @@ class BinOrder:
             totals: ``Bins.totals`` of these weights.
         """
         upto, within = totals
-        wrong = np.einsum("kr,kr->r", np.cumsum(self.between @ matrix, axis=0), self.at @ matrix)
+        wrong = np.einsum("kr,kr->r", np.cumsum(self.grounded @ matrix, axis=0), self.hallucinated @ matrix)
         return divide(upto - wrong, within)
 
 
