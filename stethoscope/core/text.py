@@ -195,10 +195,14 @@ def console(stderr: bool = False) -> Console:
     from rich import console as rich_console
     from rich.segment import Segment
 
+    @lru_cache(maxsize=4096)  # a cell of a table is rendered several times
+    def shown(text: str) -> str:
+        return visible(redact_text(text))
+
     class VisibleConsole(rich_console.Console):
         def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
             for text, style, control in super().render(renderable, options):
-                yield Segment(text if control else visible(redact_text(text)), style, control)
+                yield Segment(text if control else shown(text), style, control)
 
         @property  # type: ignore[misc]  # rich's own property has a setter, which nothing here needs
         def file(self) -> Any:
