@@ -8,12 +8,13 @@ no to a question is left as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stethoscope.core.errors import ConfigError
-from stethoscope.mitigation.base import DetectorMitigation, check_range
+from stethoscope.mitigation.base import DetectorMitigation, check_range, check_whole
 
 if TYPE_CHECKING:
     from stethoscope.core.types import Generation
@@ -115,9 +116,7 @@ class Rerank(EditingMitigation):
     gain: float = 0.2
 
     def __post_init__(self) -> None:
-        check_range("candidates", self.candidates, 2)
-        if self.candidates != int(self.candidates):
-            raise ConfigError(f"mitigation.candidates={self.candidates!r} should be a whole number of at least 2")
+        check_whole("candidates", self.candidates, 2)
         check_range("gain", self.gain, 0)
         super().__post_init__()
 
@@ -173,7 +172,7 @@ def edit_record(
         for (start, end), name, probability in zip(spans, objects, probabilities, strict=True)
     ]
     for mention, odds in zip(mentions, yes_odds or (), strict=False):
-        if odds == odds:
+        if not math.isnan(odds):
             mention["yes_odds"] = round(float(odds), 4)
     removed = [{**part._asdict(), "mentions": list(part.mentions)} for part in parts]
     limit = {} if threshold is None else {"threshold": round(float(threshold), 6)}

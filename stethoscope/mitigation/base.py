@@ -215,5 +215,17 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high:
-        limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
-        raise ConfigError(f"mitigation.{name}={value!r} should be a number {limits}")
+        raise ConfigError(f"mitigation.{name}={value!r} should be a number {_limits(low, high)}")
+
+
+def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:
+    """Check that a setting of a mitigation is a whole number within a range; see ``check_range``.
+
+    >>> check_whole("rerank.candidates", 5, 2)
+    """
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(f"mitigation.{name}={value!r} should be a whole number {_limits(low, high)}")
+
+
+def _limits(low: float, high: float) -> str:
+    return f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"

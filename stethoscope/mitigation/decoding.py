@@ -21,7 +21,7 @@ from transformers import LogitsProcessor
 
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Generation
-from stethoscope.mitigation.base import DecodingMitigation, check_range
+from stethoscope.mitigation.base import DecodingMitigation, check_range, check_whole
 from stethoscope.mitigation.contrastive import (
     ContrastProcessor,
     cut_scores,
@@ -200,7 +200,7 @@ class NoiseContrast(ContrastMitigation):
         alpha: weight of the contrast, 0 or more.
         beta: of the plausibility cut, from 0 to 1.
         step: of the diffusion that makes the noise, from 0 to 999.
-        seed: of the noise.
+        seed: of the noise, 0 or more.
     """
 
     name: ClassVar[str] = "vcd"
@@ -213,7 +213,8 @@ class NoiseContrast(ContrastMitigation):
     def __post_init__(self) -> None:
         check_range("alpha", self.alpha, 0)
         check_range("beta", self.beta, 0, 1)
-        check_range("step", self.step, 0, STEPS - 1)
+        check_whole("step", self.step, 0, STEPS - 1)
+        check_whole("seed", self.seed, 0)
 
     def combine(self, scores: Tensor, other: Tensor, step: int) -> Tensor:
         """Combine (B, V) logits z and z'."""

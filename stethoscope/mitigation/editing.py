@@ -117,11 +117,11 @@ def remove_mentions(text: str, spans: Sequence[Span], unwanted: Collection[int])
         blank += text[position : sentence.start]
         position = sentence.end
         body = text[sentence.start : sentence.end]
-        wanted_out = [index for index in sentence.mentions if index in unwanted]
-        if not wanted_out and dropped_before and _REFERENCE.match(body):
+        unwanted_here = [index for index in sentence.mentions if index in unwanted]
+        if not unwanted_here and dropped_before and _REFERENCE.match(body):
             removals.append(Removal(sentence.start, sentence.end, "reference", sentence.mentions))
             continue
-        edited = _edit_sentence(text, sentence, spans, set(wanted_out)) if wanted_out else (body, [])
+        edited = _edit_sentence(text, sentence, spans, set(unwanted_here)) if unwanted_here else (body, [])
         dropped_before = edited is None
         if edited is None:
             removals.append(Removal(sentence.start, sentence.end, "sentence", sentence.mentions))
@@ -172,14 +172,14 @@ def _edit_sentence(
         removals += [Removal(*spans[index], "item", (index,)) for index in out]
         left -= set(out)
     if left:
-        tail = _tail(text, sentence, spans, left)
-        if tail is None:
+        clause = _clause_start(text, sentence, spans, left)
+        if clause is None:
             return None
         ending = re.search(r"[.!?]+[\"')]*$", text[sentence.start : sentence.end])
-        edits = [edit for edit in edits if edit[1] <= tail] + [(tail, sentence.end, ending[0] if ending else "")]
-        gone = tuple(index for index in sentence.mentions if spans[index][0] >= tail)
-        removals = [removal for removal in removals if removal.end <= tail]
-        removals.append(Removal(tail, sentence.end - len(ending[0] if ending else ""), "clause", gone))
+        edits = [edit for edit in edits if edit[1] <= clause] + [(clause, sentence.end, ending[0] if ending else "")]
+        gone = tuple(index for index in sentence.mentions if spans[index][0] >= clause)
+        removals = [removal for removal in removals if removal.end <= clause]
+        removals.append(Removal(clause, sentence.end - len(ending[0] if ending else ""), "clause", gone))
     pieces, position = [], sentence.start
     for start, end, replacement in sorted(edits):
         pieces += [text[position:start], replacement]
@@ -234,10 +234,12 @@ def _shorten_list(
     if len(kept) > 1:
         joined = f"{kept[0]} {word} {kept[1]}" if len(kept) == 2 else f"{', '.join(kept[:-1])}, {word} {kept[-1]}"
         return [(begin, position, joined)]
-    return _one_item(text, sentence, begin, position, kept[0])
+    return _leave_one_item(text, sentence, begin, position, kept[0])
 
 
-def _one_item(text: str, sentence: _Sentence, begin: int, end: int, item: str) -> list[tuple[int, int, str]] | None:
+def _leave_one_item(
+    text: str, sentence: _Sentence, begin: int, end: int, item: str
+) -> list[tuple[int, int, str]] | None:
     """Return the edits that leave one item of a list, with the verb behind or before it in the singular."""
     before, after = text[sentence.start : begin], text[end : sentence.end]
     if _NEEDS_TWO.search(before):
@@ -258,8 +260,8 @@ def _one_item(text: str, sentence: _Sentence, begin: int, end: int, item: str) -
     return edits
 
 
-def _tail(text: str, sentence: _Sentence, spans: Sequence[Span], left: set[int]) -> int | None:
-    """Return where the end of a sentence begins that holds all unwanted mentions and can go; None without one."""
+def _clause_start(text: str, sentence: _Sentence, spans: Sequence[Span], left: set[int]) -> int | None:
+    """Return where a clause begins that ends the sentence, holds all unwanted mentions and can go; None without one."""
     first = min(spans[index][0] for index in left)
     body = text[sentence.start : sentence.end]
     starts = [match.start() for pattern in (_TAIL, _AND_TAIL) for match in pattern.finditer(body)]

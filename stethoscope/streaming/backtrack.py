@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.core.errors import CapabilityError
 from stethoscope.core.system import ModelFaults
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis.answer_verdicts import extract_mentions, feature_set, read_features, token_rows
-from stethoscope.mitigation.base import DetectorMitigation, EditedAnswer, check_no_beams, check_range
+from stethoscope.mitigation.base import DetectorMitigation, EditedAnswer, check_no_beams, check_range, check_whole
 from stethoscope.streaming.decode_loop import Rewind
 from stethoscope.streaming.events import MentionCompleted, MentionTracker, TakenBack
 from stethoscope.streaming.scorer import smallest_delay
@@ -72,10 +72,7 @@ class Backtrack(DetectorMitigation):
         if self.threshold is not None:
             check_range("threshold", self.threshold, 0, 1)
         for name in ("tries_per_place", "tries_per_answer"):
-            value = getattr(self, name)
-            check_range(name, value, 1)
-            if value != int(value):
-                raise ConfigError(f"mitigation.{name}={value!r} should be a whole number of at least 1")
+            check_whole(name, getattr(self, name), 1)
         super().__post_init__()
 
     def check(self, generation: Generation) -> None:

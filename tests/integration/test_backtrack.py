@@ -246,7 +246,7 @@ def test_passes_are_counted_alike_in_batches_and_one_by_one(tmp_path, adapter):
     [
         (["generation=beam"], "mitigation=backtrack goes with greedy decoding and sampling"),
         (["mitigation.threshold=2"], "mitigation.threshold=2 should be a number from 0 to 1"),
-        (["mitigation.tries_per_place=0"], "mitigation.tries_per_place=0 should be a number of at least 1"),
+        (["mitigation.tries_per_place=0"], "mitigation.tries_per_place=0 should be a whole number of at least 1"),
         (["mitigation.tries_per_answer=1.5"], "mitigation.tries_per_answer=1.5 should be a whole number"),
         (["mitigation.detector=nowhere"], "nowhere is no directory"),
     ],
