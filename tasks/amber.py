@@ -15,11 +15,11 @@ from stethoscope.core.json_rows import clipped, read_rows, read_text, shown
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.tasks import yes_no
 from stethoscope.tasks.base import Metric, ScoredSample, Tally, Task
-from stethoscope.tasks.counts import CONFUSION, accuracy, confusion, f1, label_mentions, precision, ratio, recall, share
+from stethoscope.tasks.counts import CONFUSION, accuracy, confusion, f1, precision, ratio, recall, share
 from stethoscope.tasks.extraction import read_association
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.noun_extraction import NounExtractor, SpacyNounExtractor
-from stethoscope.tasks.object_extraction import MentionExtractor, TextMention
+from stethoscope.tasks.object_extraction import MentionExtractor, TextMention, label_mentions
 from stethoscope.tasks.questions import question_text, with_suffix
 from stethoscope.tasks.sources import check_choice, check_choices, check_paths, check_unused, setting_path
 

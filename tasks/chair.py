@@ -16,10 +16,10 @@ from stethoscope.core.json_rows import clipped, read_rows, read_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.tasks.annotations import image_id, read_captions, read_instances
 from stethoscope.tasks.base import Metric, Task
-from stethoscope.tasks.counts import CHAIR_METRICS, complete_sentences, label_mentions, score_caption
+from stethoscope.tasks.counts import CHAIR_METRICS, complete_sentences, score_caption
 from stethoscope.tasks.extraction import COCO, beside_coco, load_extraction
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.object_extraction import OBJECTS, TextMention, mentions
+from stethoscope.tasks.object_extraction import OBJECTS, TextMention, label_mentions, mentions
 from stethoscope.tasks.sources import (
     DataSource,
     HubSource,

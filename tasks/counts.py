@@ -11,9 +11,8 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 
 import numpy as np
 
-from stethoscope.core.types import Mention, Sample, Score
+from stethoscope.core.types import Sample, Score
 from stethoscope.tasks.base import Metric, ScoredSample, Totals
-from stethoscope.tasks.object_extraction import TextMention
 
 # --- quotients and yes/no answers -------------------------------------------------------------------------------------
 
@@ -225,21 +224,6 @@ def unjudged_caption(text: str) -> Score:
     """
     status = "ok" if text.strip() else "unparsed"
     return Score(status, dict.fromkeys(_COUNTS, 0.0) | {"words": float(len(text.split())), "unjudged": 1.0})
-
-
-def label_mentions(mentions: Sequence[TextMention], labels: Sequence[int]) -> tuple[Mention, ...]:
-    """Give mentions of a text their labels, numbers and repetitions.
-
-    Args:
-        mentions: mentions in reading order.
-        labels: of every mention 1 hallucinated, 0 grounded, -1 not to be judged.
-    """
-    before: Counter[str] = Counter()
-    labelled = []
-    for index, ((name, start, end), label) in enumerate(zip(mentions, labels, strict=True)):
-        labelled.append(Mention(start, end, name, label, index, before[name]))
-        before[name] += 1
-    return tuple(labelled)
 
 
 CHAIR_METRICS: Mapping[str, Metric] = {

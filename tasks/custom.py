@@ -12,6 +12,7 @@ from stethoscope.tasks import counts, yes_no
 from stethoscope.tasks.base import Metric, Task
 from stethoscope.tasks.extraction import COCO, load_extraction
 from stethoscope.tasks.image_folder import ImageFolder
+from stethoscope.tasks.object_extraction import label_mentions
 from stethoscope.tasks.questions import with_suffix
 from stethoscope.tasks.sources import check_choice, check_name, check_positive, setting_path
 
@@ -147,8 +148,8 @@ class Custom(Task):
         text, truth = answer.text, sample.reference.get("objects")
         named = self._extract(text)
         if truth is None:
-            return counts.unjudged_caption(text), counts.label_mentions(named, [-1] * len(named))
-        mentions = counts.label_mentions(named, [int(mention.name not in truth) for mention in named])
+            return counts.unjudged_caption(text), label_mentions(named, [-1] * len(named))
+        mentions = label_mentions(named, [int(mention.name not in truth) for mention in named])
         return counts.score_caption(text, [mention.name for mention in named], truth), mentions
 
     def score(self, sample: Sample, answer: Answer) -> Score:

@@ -11,12 +11,15 @@ regular expression and one look-up per word.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from typing import NamedTuple
 
 import yaml
+
+from stethoscope.core.types import Mention
 
 
 class TextMention(NamedTuple):
@@ -34,6 +37,22 @@ class TextMention(NamedTuple):
 
 MentionExtractor = Callable[[str], list[TextMention]]
 """A function that lists the objects a text names, in reading order."""
+
+
+def label_mentions(mentions: Sequence[TextMention], labels: Sequence[int]) -> tuple[Mention, ...]:
+    """Give mentions of a text their labels, numbers and repetitions.
+
+    Args:
+        mentions: mentions in reading order.
+        labels: of every mention 1 hallucinated, 0 grounded, -1 not to be judged.
+    """
+    before: Counter[str] = Counter()
+    labelled = []
+    for index, (mention, label) in enumerate(zip(mentions, labels, strict=True)):
+        labelled.append(Mention(mention.start, mention.end, mention.name, label, index, before[mention.name]))
+        before[mention.name] += 1
+    return tuple(labelled)
+
 
 _Word = tuple[int, str, int, int]
 """A word that can matter: its index among all tokens, its singular, its first character and the one after its last."""

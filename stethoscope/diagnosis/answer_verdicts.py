@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from stethoscope.features import FeatureSet
 from stethoscope.features.relevancy import image_tokens
 from stethoscope.storage.tokens import TokenRows
 from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
-from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor
+from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor, label_mentions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,16 +151,12 @@ def extract_mentions(
     extraction = as_extraction(extractor)
     shown = extraction.own_names(truth or ())
     judged = frozenset[str]() if truth is None else extraction.own_names(OBJECTS)
-    repeats: Counter[str] = Counter()
-    mentions = []
-    for index, mention in enumerate(sorted(extractor(answer.text), key=lambda mention: mention.start)):
-        label = int(mention.name not in shown) if mention.name in judged else -1
-        mentions.append(Mention(mention.start, mention.end, mention.name, label, index, repeats[mention.name]))
-        repeats[mention.name] += 1
-    return mentions
+    named = sorted(extractor(answer.text), key=lambda mention: mention.start)
+    labels = [int(mention.name not in shown) if mention.name in judged else -1 for mention in named]
+    return list(label_mentions(named, labels))
 
 
-def read_samples(extractor: MentionExtractor, generation: Generation | None) -> Resampling:
+def make_resampling(extractor: MentionExtractor, generation: Generation | None) -> Resampling:
     """Describe how one answer is sampled again and its objects are read, for ``trace_answers``."""
     from stethoscope.tracing.mention_passes import Resampling  # importing this package imports no torch
 

@@ -5,7 +5,6 @@ The app, the page and the notebook show the same payload; the app and the page u
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -16,7 +15,15 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.html import asset, data_uri, document, json_block, render
 from stethoscope.core.text import counted, percent
-from stethoscope.diagnosis.viewer_parts import RASTER, attention_payload, edit_payload, in_bytes, seen_payload
+from stethoscope.diagnosis.viewer_parts import (
+    RASTER,
+    attention_payload,
+    edit_payload,
+    in_base64,
+    in_bytes,
+    seen_payload,
+    thinned_out,
+)
 from stethoscope.relevancy.heatmaps import OPACITY, RAMP, colours, one_grid, overlay
 from stethoscope.tasks.yes_no import first_word
 
@@ -93,7 +100,8 @@ def payload(
         ``tower`` the T x layers heat maps of ``shape`` in base64, a byte per cell, each map scaled to its own maximum
         (``peaks``).
     """
-    layers = _layers(diagnosis, most_layers)
+    depth = 0 if diagnosis.relevancy is None else diagnosis.relevancy.image.shape[1]
+    layers = thinned_out(depth, most_layers) if depth else []
     shown = text_payload(diagnosis)
     warned = [mention.tokens[0] for mention in diagnosis.mentions if mention.tokens and mention.warned]
     named = [mention.tokens[0] for mention in diagnosis.mentions if mention.tokens]
@@ -106,7 +114,7 @@ def payload(
         "start": (warned or named or [0])[0],
         "scope": diagnosis.scope,
         "layers": layers,
-        "depth": diagnosis.relevancy.image.shape[1] if diagnosis.relevancy is not None else 0,
+        "depth": depth,
         "ramp": RAMP.tolist(),
         "question": list(diagnosis.question_tokens),
         "maps": dict(_maps(diagnosis, layers)) if layers else {},
@@ -277,13 +285,6 @@ def _verdict_text(diagnosis: Diagnosis, mention: DiagnosedMention) -> str:
     return f", {name} {percent(mention.verdict.probability)}{void}"
 
 
-def _layers(diagnosis: Diagnosis, most: int) -> list[int]:
-    if diagnosis.relevancy is None:
-        return []
-    depth = diagnosis.relevancy.image.shape[1]
-    return sorted({round(value) for value in np.linspace(0, depth - 1, min(depth, most))})
-
-
 def _token_details(diagnosis: Diagnosis, index: int, layers: list[int]) -> dict[str, Any]:
     """Convert a token's verdict, layer predictions and relevancy for the payload."""
     verdict = diagnosis.verdicts[index] if diagnosis.verdicts else None
@@ -329,7 +330,7 @@ def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[s
                 "shape": list(scaled.shape[-2:]),
                 "box": [round(edge, 2) for edge in box],
                 "peaks": [[float(f"{value:.4g}") for value in row] for row in peaks],
-                "data": base64.b64encode(scaled.tobytes()).decode("ascii"),
+                "data": in_base64(scaled),
             },
         )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stethoscope.adapters.base import check_asked
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, check_list, wrong_type
@@ -18,13 +18,14 @@ from stethoscope.diagnosis.answer_verdicts import (
     extract_mentions,
     feature_set,
     locate_objects,
+    make_resampling,
     read_features,
-    read_samples,
     score_mentions,
     shift_sentence,
 )
 from stethoscope.diagnosis.diagnosis import Diagnosis
 from stethoscope.mitigation.answers import EditingMitigation
+from stethoscope.mitigation.base import EditedAnswer
 from stethoscope.tasks.extraction import Extraction, as_extraction
 from stethoscope.tasks.object_extraction import MentionExtractor
 from stethoscope.tasks.yes_no import first_word
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
     from stethoscope.diagnosis.layers_pass import AttentionMaps, LensTrajectory
-    from stethoscope.evaluation.edit_answers import EditedAnswer
     from stethoscope.tracing.mention_passes import Resampling
     from stethoscope.tracing.trace import Encoded, Trace
 
@@ -96,22 +96,15 @@ def diagnose(
             check_model(detector, adapter)
         encoded = adapter.encode_as(asks, picture, question, history)
     extractor = as_extraction(extraction)
-    complete: Answer
-    edit: Mapping[str, Any] = {}
-    method = generation.mitigation
+    is_given = answer is not None
     with _timed(seconds, "generate"):
-        if answer is None and method is not None and method.writes:
-            adapter.check_mitigation(generation)
-            complete, edit = method.write(adapter, [encoded], generation, [extractor])[0]
-        else:
-            complete = _complete_answer(adapter, encoded, answer, generation)
-    if answer is None and isinstance(generation.mitigation, EditingMitigation):
+        answer, edit = _complete_answer(adapter, encoded, answer, generation, extractor)
+    if not is_given and isinstance(generation.mitigation, EditingMitigation):
         with _timed(seconds, "edit"):
-            complete, edit = edit_answer(adapter, encoded, complete, generation, picture, extractor)
-    answer = complete
+            answer, edit = edit_answer(adapter, encoded, answer, generation, picture, extractor)
     extracted = extract_mentions(answer, extractor, truth) if mentions is None else list(mentions)
     with _timed(seconds, "trace"):
-        resampling = read_samples(extractor, generation)
+        resampling = make_resampling(extractor, generation)
         trace, features = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted, resampling)
     with _timed(seconds, "layers"):
         evolution, attention = _read_layers(adapter, encoded, answer, extracted, notes)
@@ -177,14 +170,29 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - start
 
 
-def _complete_answer(adapter: Adapter, encoded: Encoded, answer: Answer | str | None, generation: Generation) -> Answer:
-    """Generate the answer if there is none, or tokenise it if it is a text."""
-    if answer is None:
+def _complete_answer(
+    adapter: Adapter,
+    encoded: Encoded,
+    answer: Answer | str | None,
+    generation: Generation,
+    extractor: MentionExtractor,
+) -> EditedAnswer:
+    """Write the answer if there is none, or tokenise it if it is a text; with what a mitigation did while it wrote.
+
+    Raises:
+        DataError: the answer is empty.
+    """
+    method = generation.mitigation
+    complete = EditedAnswer(answer, {}) if isinstance(answer, Answer) else None
+    if isinstance(answer, str):
+        complete = EditedAnswer(adapter.answer(encoded, answer), {})
+    elif complete is None:
         adapter.check_mitigation(generation)
-        complete: Answer = adapter.generate([encoded], generation)[0]
-    else:
-        complete = adapter.answer(encoded, answer) if isinstance(answer, str) else answer
-    if not complete.token_ids:
+        if method is not None and method.writes:
+            complete = method.write(adapter, [encoded], generation, [extractor])[0]
+        else:
+            complete = EditedAnswer(adapter.generate([encoded], generation)[0], {})
+    if not complete.answer.token_ids:
         raise DataError(f"{adapter.name}: the answer is empty, there is nothing to diagnose")
     return complete
 

@@ -188,7 +188,7 @@ def attention_payload(diagnosis: Diagnosis, limit: int) -> dict[str, Any] | None
     regions, size = diagnosis.token_regions, diagnosis.image.size
     cells = gridded(means[0, 0, 0], regions, size)[0].size
     fit = max(limit // 2 // (2 * count * cells) - 1, 1)
-    chosen = sorted({round(value) for value in np.linspace(0, layers - 1, min(layers, fit))})
+    chosen = thinned_out(layers, fit)
     means = np.concatenate([means[:, :, chosen], means.mean(2, keepdims=True)], 2)
     named = [token for mention in diagnosis.mentions for token in mention.tokens]
     order = [token for token in dict.fromkeys([*named, *range(count)]) if token in attention.tokens]
@@ -228,7 +228,7 @@ def seen_payload(diagnosis: Diagnosis) -> dict[str, Any] | None:
         "shape": list(grid.shape[-2:]),
         "box": [round(edge, 2) for edge in box or ()],
         "objects": {
-            name: [round(float(values.max()), 4), _base64(cells)]
+            name: [round(float(values.max()), 4), in_base64(cells)]
             for (name, values), cells in zip(diagnosis.seen.items(), scaled, strict=True)
         },
     }
@@ -260,6 +260,15 @@ def gridded(values: np.ndarray, regions: TokenRegions | None, size: tuple[int, i
     return one_grid(*image_token_tiles(values, regions), size, RASTER)
 
 
+def thinned_out(layers: int, most: int) -> list[int]:
+    """Choose at most so many layers, evenly and with the last one.
+
+    >>> thinned_out(32, 4), thinned_out(3, 16)
+    ([0, 10, 21, 31], [0, 1, 2])
+    """
+    return sorted({round(value) for value in np.linspace(0, layers - 1, min(layers, most))})
+
+
 def in_bytes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scale (..., rows, columns) maps to uint8, each to its own maximum; return them and the (...) maxima."""
     peaks = values.max((-2, -1), initial=0)
@@ -269,12 +278,13 @@ def in_bytes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _encoded_maps(values: np.ndarray) -> dict[str, str]:
     scaled, peaks = in_bytes(values)
-    return {"data": _base64(scaled), "peaks": _base64(peaks.astype("<f4"))}
+    return {"data": in_base64(scaled), "peaks": in_base64(peaks.astype("<f4"))}
 
 
 def _shares(values: np.ndarray) -> str:
-    return _base64(np.rint(32767 * values.clip(0, 1)).astype("<u2"))
+    return in_base64(np.rint(32767 * values.clip(0, 1)).astype("<u2"))
 
 
-def _base64(values: np.ndarray) -> str:
+def in_base64(values: np.ndarray) -> str:
+    """Write the bytes of an array in base64."""
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")

@@ -21,7 +21,7 @@ from stethoscope.core.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stethoscope.tasks.base import Totals
+    from stethoscope.tasks.base import Metric
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -250,7 +250,7 @@ class MetricRow:
 
 
 def count_replicates(
-    metrics: Mapping[str, Callable[[Totals], np.ndarray]],
+    metrics: Mapping[str, Metric],
     counts: Mapping[str, Sequence[float] | np.ndarray] | pd.DataFrame,
     subsets: Sequence[str] | np.ndarray,
     resamples: Resamples,
@@ -293,7 +293,7 @@ def count_replicates(
 
 
 def count_metrics(
-    metrics: Mapping[str, Callable[[Totals], np.ndarray]],
+    metrics: Mapping[str, Metric],
     counts: Mapping[str, Sequence[float] | np.ndarray] | pd.DataFrame,
     groups: Sequence[str] | np.ndarray,
     subsets: Sequence[str] | np.ndarray,

@@ -15,8 +15,8 @@ from stethoscope.diagnosis.answer_verdicts import (
     DiagnosedMention,
     extract_mentions,
     feature_set,
+    make_resampling,
     read_features,
-    read_samples,
     score_mentions,
     shift_sentence,
 )
@@ -131,7 +131,7 @@ def _diagnose_mentions(
         features = AnswerFeatures(scorer.columns(len(answer.token_ids)), scorer.image_tokens)
     elif final is not None:
         selected = feature_set(final.schema.names)
-        resampling = read_samples(extraction, None)
+        resampling = make_resampling(extraction, None)
         trace = trace_answers(adapter, [encoded], [answer], selected.requires, [picture], [named], resampling)[0]
         features = read_features(selected, trace, final, adapter.name)
     shift = shift_sentence(encoded, answer, named, features, detector, picture, extraction)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stethoscope.core.files import write_json
 from stethoscope.testbed import language
 from stethoscope.testbed.drawing import SIZE
 from stethoscope.testbed.scene import MODES, Scene, sample_categories, scene_at
@@ -211,8 +212,8 @@ def export(folder: str | pathlib.Path, scenes: Sequence[Scene]) -> pathlib.Path:
     info = {"description": "stethoscope testbed scenes", "version": "1"}
     categories = [{"id": coco_id, "name": name, "supercategory": "object"} for name, coco_id in COCO_IDS.items()]
     base = {"info": info, "licenses": [], "images": images}
-    _write_json(folder / "instances.json", {**base, "annotations": instances, "categories": categories})
-    _write_json(folder / "captions.json", {**base, "annotations": captions})
+    write_json(folder / "instances.json", {**base, "annotations": instances, "categories": categories}, indent=None)
+    write_json(folder / "captions.json", {**base, "annotations": captions}, indent=None)
     for split in POPE_SPLITS:
         lines = (
             json.dumps({key: record[key] for key in ("question_id", "image", "text", "label")})
@@ -238,7 +239,3 @@ def _instances(scene: Scene) -> list[dict[str, Any]]:
             }
         )
     return records
-
-
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content))

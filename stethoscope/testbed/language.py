@@ -175,8 +175,7 @@ def reference_captions(scene: Scene, count: int = 5) -> list[str]:
                 "There is {things} {preposition} {setting}.",
             )
         )
-        text = template.format(setting=setting, things=things, preposition=preposition)
-        captions.append(text[0].upper() + text[1:])
+        captions.append(_capitalise(template.format(setting=setting, things=things, preposition=preposition)))
     return captions
 
 

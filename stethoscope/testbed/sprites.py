@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
@@ -101,11 +101,6 @@ def sprite(category: str, colour: str, seed: int) -> Image.Image:
     """
     image, angle = _upright(category, colour, seed)
     return image.rotate(angle, Image.Resampling.BILINEAR)
-
-
-def sprites(objects: Sequence[tuple[str, str, int]]) -> list[Image.Image]:
-    """Draw several objects, each given by category, colour and seed, see ``sprite``."""
-    return [sprite(*item) for item in objects]
 
 
 def silhouette(category: str, colour: str, seed: int) -> Image.Image:
