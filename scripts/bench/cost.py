@@ -114,7 +114,8 @@ def measure(
             for name, way in ways.items():
                 before = time.process_time()
                 way(encoded[batch], samples[batch])
-                spent[name] += (time.process_time() - before) * (number >= 0)
+                if number >= 0:
+                    spent[name] += time.process_time() - before
     tables.close()
     return {name: seconds / len(encoded) / rounds for name, seconds in spent.items()}
 

@@ -69,7 +69,8 @@ def main() -> None:
     for name, limit in LIMITS.items():
         reference = OWN_LENGTH if name == "backtrack" else GREEDY
         ratios = [spent[size][name] / spent[size][reference] for size in options.batches]
-        missed += [name] * (max(ratios) > limit)
+        if max(ratios) > limit:
+            missed.append(name)
         print(f"| `{name}` | {' | '.join(f'{value:.2f}' for value in ratios)} | {limit:.2f} |")
     if missed:
         sys.exit(f"above the limit: {', '.join(missed)}")
@@ -104,10 +105,11 @@ def measure(
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-1, repeats):  # the first round warms up
         prompts = [encoded[(max(number, 0) * size + index) % len(encoded)] for index in range(size)]
-        for name in list(ways)[:: 1 if number % 2 else -1]:
+        for name in ways if number % 2 else reversed(ways):
             before = time.process_time()
             ways[name](prompts)
-            spent[name] += [(time.process_time() - before) / size] * (number >= 0)
+            if number >= 0:
+                spent[name].append((time.process_time() - before) / size)
     return {name: statistics.median(seconds) for name, seconds in spent.items()}
 
 

@@ -163,7 +163,8 @@ def print_table(table: pd.DataFrame) -> None:
 
     for (reading, kind), rows in table.groupby(["reading", "object"]):
         originals = rows["group"].nunique()
-        print(f"{reading}, object that {'is ' * (kind == 'erased')}{kind}: {len(rows)} pairs, {originals} originals")
+        fate = "is erased" if kind == "erased" else kind
+        print(f"{reading}, object that {fate}: {len(rows)} pairs, {originals} originals")
         for name, direction, sign in (("mass", "falls", -1), ("p", "rises", 1), ("logprob", "falls", -1)):
             before, after = rows[f"{name}_before"], rows[f"{name}_after"]
             change = (after - before) * sign

@@ -50,7 +50,8 @@ def commit() -> str:
     """Name the present commit, with ``+`` if files differ from it."""
     options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **options).stdout.strip()
-    return head + "+" * bool(subprocess.run(["git", "status", "--porcelain"], **options).stdout)
+    changed = subprocess.run(["git", "status", "--porcelain"], **options).stdout
+    return f"{head}+" if changed else head
 
 
 def order(files: Sequence[str], records: dict[str, Any], now: str) -> list[str]:

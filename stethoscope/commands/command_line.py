@@ -314,15 +314,20 @@ def _parts(text: str, stops: str) -> Iterator[Part]:
 
 def _read(text: str, start: int, stops: str) -> tuple[Part, int]:
     """Read one value from ``start`` to the next of ``stops`` outside brackets and quotes, or to the end."""
-    begin = start + len(text[start:]) - len(text[start:].lstrip(" \t"))
+    begin = _skip(text, start, " \t")
     for read in (_quoted, _bracketed):
         value, end = read(text, begin)
-        after = end + len(text[end:]) - len(text[end:].lstrip(" \t"))
+        after = _skip(text, end, " \t")
         if value is not None and (after == len(text) or text[after] in stops):
             return Part(value, text[begin:end]), after
     end = _bare_end(text, begin, stops)
     bare = text[begin:end].rstrip(" \t") if stops else text[start:end]
     return Part(bare, bare), end
+
+
+def _skip(text: str, start: int, blanks: str | None = None) -> int:
+    """Return the index of the first character at or after ``start`` that is no blank; None for all white space."""
+    return len(text) - len(text[start:].lstrip(blanks))
 
 
 def _quoted(text: str, start: int) -> tuple[Quoted | None, int]:
@@ -344,9 +349,9 @@ def _bracketed(text: str, start: int) -> tuple[list[Part] | dict[str, Part] | No
     items: list[Part] = []
     mapping: dict[str, Part] = {}
     while True:
-        blank = len(text[position:]) - len(text[position:].lstrip())
-        if text[position + blank : position + blank + 1] == closing:  # also after a last comma
-            return (items if opening == "[" else mapping), position + blank + 1
+        after = _skip(text, position)
+        if text[after : after + 1] == closing:  # also after a last comma
+            return (items if opening == "[" else mapping), after + 1
         if opening == "{":
             key, position = _read(text, position, ":,}")
             if text[position : position + 1] != ":" or not isinstance(key.value, str):

@@ -126,11 +126,13 @@ def _add_module(module: str, file: Path, sources: dict[str, bytes]) -> None:
 def _imported_names(text: bytes, module: str, is_package: bool) -> tuple[str, ...]:
     """Return the dotted names in a source file's top-level imports: modules, and names in modules."""
     names: list[str] = []
+    parts = module.split(".")
+    package = parts if is_package else parts[:-1]
     for node in _parse(text).body:
         if isinstance(node, ast.Import):
             names.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = module.split(".")[: (1 if is_package else 0) - node.level or None] if node.level else []
+            above = package[: len(package) - node.level + 1] if node.level else []  # one dot is the package itself
             base = ".".join([*above, *([node.module] if node.module else [])])
             names.extend([base, *(f"{base}.{alias.name}" for alias in node.names)])
     return tuple(names)

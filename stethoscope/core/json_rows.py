@@ -143,7 +143,7 @@ def _line_items(path: Path, text: str) -> Iterator[tuple[int, str, Any]]:
     """Yield line number, origin and value of every line; a value over several lines counts as its first."""
     start, number = 0, 1
     while start < len(text):
-        end = text.find("\n", start) % (len(text) + 1)  # -1, none, is the text's end
+        end = _line_end(text, start)
         line, origin = text[start:end], f"{path}, line {number}"
         if line.strip():
             indent = _skip_blanks(line)
@@ -157,13 +157,19 @@ def _line_items(path: Path, text: str) -> Iterator[tuple[int, str, Any]]:
                     stop = end
                 if stop <= end or not isinstance(value, dict):
                     raise
-                end = text.find("\n", stop) % (len(text) + 1)
+                end = _line_end(text, stop)
             if text[stop:end].strip():
                 column = stop - text.rfind("\n", 0, stop)
                 raise DataError(f"{origin}: not JSON (more after the object's end, at column {column})")
             yield number, origin, value
         number += text.count("\n", start, end) + 1
         start = end + 1
+
+
+def _line_end(text: str, start: int) -> int:
+    """Return the index of the first newline at or after ``start``; that of the text's end without one."""
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end
 
 
 def _list_items(path: Path, text: str, offset: int) -> Iterator[tuple[int, str, Any]]:

@@ -204,7 +204,7 @@ def _keys(task: str, item: TokenRows, version: str) -> dict[str, list[Any]]:
         "prompt_hash": [hashlib.sha256(item.prompt.encode()).hexdigest()[:16]] * count,
         "labeller": [f"{task}/{version}"] * count,
         "picture": [item.picture] * count,
-        "image_tokens": [item.image_tokens, *[""] * (count - 1)][:count],
+        "image_tokens": [item.image_tokens if token == 0 else "" for token in range(count)],
     }
 
 
