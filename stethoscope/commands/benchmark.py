@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -27,6 +27,10 @@ from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import DETECTOR, RunStore
 from stethoscope.tasks.base import Task
 
+if TYPE_CHECKING:
+    from stethoscope.detection.detector import Detector
+    from stethoscope.loggers.combined import Loggers
+
 
 def run(config: DictConfig) -> None:
     """Run the whole job; errors of the configuration are raised before the model is loaded."""
@@ -38,10 +42,8 @@ def run(config: DictConfig) -> None:
     # after what needs neither torch nor scikit-learn: they take seconds to load
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.published import check_sets
-    from stethoscope.detection.training import fit
     from stethoscope.evaluation.edit_answers import try_features
-    from stethoscope.report.examples import log_detector, log_detector_files
-    from stethoscope.report.metrics_tables import print_answer, print_detector, print_results
+    from stethoscope.report.metrics_tables import print_results
 
     adapter = build(config.model, Adapter, "model", config.plugins)
     pope = None if config.get("pope") is None else build(config.pope, Task, "pope", config.plugins)
@@ -72,14 +74,23 @@ def run(config: DictConfig) -> None:
         for results in (*answers, captions):
             print_results(results)
         if not config.fast_dev_run:  # two samples are no data to learn from
-            compared = {"published": config.published, "sets": as_list(config.sets)}
-            figures = fit(store, chair.name, detector, shares, config.seed, **compared)
-            if figures is None:
-                print(f"{folder / 'detector'}: fitted without a label, so that nothing tells how good it is")
-            else:
-                log_detector(loggers, figures)
-                log_detector_files(loggers, folder)
-                print_detector(figures)
-                print_answer(store, chair.name)
+            _train(config, store, chair.name, detector, loggers)
     print(f"run directory: {folder} ({time.monotonic() - start:.0f} s)")
-    report_failures([*answers, captions], Path(folder))
+    report_failures([*answers, captions], folder)
+
+
+def _train(config: DictConfig, store: RunStore, task: str, detector: Detector, loggers: Loggers) -> None:
+    """Fit the detector to the answers of a task, log its figures and files, and print them with an answer."""
+    from stethoscope.detection.training import fit
+    from stethoscope.report.examples import log_detector, log_detector_files
+    from stethoscope.report.metrics_tables import print_answer, print_detector
+
+    compared = {"published": config.published, "sets": as_list(config.sets)}
+    figures = fit(store, task, detector, fractions(config), config.seed, **compared)
+    if figures is None:
+        print(f"{store.run_dir / 'detector'}: fitted without a label, so that nothing tells how good it is")
+        return
+    log_detector(loggers, figures)
+    log_detector_files(loggers, store.run_dir)
+    print_detector(figures)
+    print_answer(store, task)
