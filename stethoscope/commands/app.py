@@ -26,13 +26,7 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     public = bool(config.share) or not loopback(str(config.host))
-    if config.notes not in (None, True, False):
-        raise ConfigError(f"notes={config.notes} should be true, false or null")
-    named = [None if name is None else str(name) for name in (config.run, config.beside)]
-    copied = [name for name in named if name is not None and is_address(name)]
-    if copied and config.notes:
-        raise ConfigError(f"notes=true: notes on {copied[0]} would be lost with its copy, which goes when the app ends")
-    notes = not (public or copied) if config.notes is None else bool(config.notes)
+    notes = _notes_are_written(config, public)
     accounts = read_accounts(None if config.auth is None else str(config.auth), public)
     hosts = read_hosts(config.hosts)
     check_address(str(config.host), int(config.port))
@@ -48,7 +42,7 @@ def run(config: DictConfig) -> None:
     folder_of_runs, detector = Path(str(config.runs)), config.detector
     chosen = str(HydraConfig.get().runtime.choices.model)
     name = adapter.name if chosen == "hf" else chosen
-    run, other = (None if name is None else local_run(name) for name in named)
+    run, other = (None if path is None else local_run(str(path)) for path in (config.run, config.beside))
     pool = ModelPool(adapter, name, detector.folder, detector.live, folder_of_runs, run, config.plugins)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes with the server
     with own_folder() as folder:
@@ -71,3 +65,23 @@ def run(config: DictConfig) -> None:
             page.block_thread()
         finally:
             page.close(verbose=False)
+
+
+def _notes_are_written(config: DictConfig, public: bool) -> bool:
+    """Decide whether users may write notes into runs.
+
+    Where it is not set they may, if nobody else can reach the page and the runs are on this disk.
+
+    Args:
+        config: of the command.
+        public: whether other machines can reach the page.
+
+    Raises:
+        ConfigError: ``notes`` is no boolean, or would be lost with the copy of a run at an address.
+    """
+    if config.notes not in (None, True, False):
+        raise ConfigError(f"notes={config.notes} should be true, false or null")
+    copied = [str(path) for path in (config.run, config.beside) if path is not None and is_address(str(path))]
+    if copied and config.notes:
+        raise ConfigError(f"notes=true: notes on {copied[0]} would be lost with its copy, which goes when the app ends")
+    return not (public or copied) if config.notes is None else bool(config.notes)
