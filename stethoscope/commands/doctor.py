@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         check_model(arguments)
         return
     failed = 0
-    for check in (_python, _packages, _extras, _device, _model, _hub, _wandb, _memory, _disk, _locks):
+    for check in (_installation, _device, _model, _network, _resources, _locks):
         for finding in check():
             print(f"{finding.state:<5} {finding.what:<16} {finding.text}", flush=True)
             failed += finding.state == "FAIL"
@@ -62,21 +62,14 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{failed} of the checks failed; the lines above say what to do")
 
 
-def _python() -> Iterator[Finding]:
+def _installation() -> Iterator[Finding]:
+    """Check Python, every requirement of the installed distribution, and which extras are installed."""
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-
-
-def _packages() -> Iterator[Finding]:
-    """Check every requirement of the installed distribution."""
     for requirement in _requirements(""):
         version, fits = _installed(requirement)
         remedy = f'pip install "{requirement.name}{requirement.specifier}"'
         text = version if fits else f"{version} does not fit; {remedy}" if version else f"missing; {remedy}"
         yield Finding(requirement.name, "ok" if fits else "FAIL", text)
-
-
-def _extras() -> Iterator[Finding]:
-    """Check the optional extras: which are installed, and how to install the others."""
     for extra in importlib.metadata.metadata("lvlm-stethoscope").get_all("Provides-Extra") or ():
         if extra == "dev":  # for developers of the package
             continue
@@ -143,13 +136,11 @@ def _model() -> Iterator[Finding]:
     yield _attempt("embedded model", look, "reinstall the package: its weights are part of it")
 
 
-def _hub() -> Iterator[Finding]:
+def _network() -> Iterator[Finding]:
+    """Check whether models may be downloaded, and whether W&B knows the user."""
     offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
     text = "offline (HF_HUB_OFFLINE); only models already in the cache load" if offline else "may download models"
     yield Finding("hub", "note", text)
-
-
-def _wandb() -> Iterator[Finding]:
     try:
         netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser().read_text("utf-8", errors="replace")
     except (OSError, RuntimeError):  # there is none, or no home
@@ -159,13 +150,11 @@ def _wandb() -> Iterator[Finding]:
     yield Finding("wandb", "ok" if signed_in else "note", text)
 
 
-def _memory() -> Iterator[Finding]:
+def _resources() -> Iterator[Finding]:
+    """Check free memory and disk space, and whether the terminal shows accents."""
     free = free_memory_by_device()[-1].free / 2**30
     text = f"{free:.0f} GiB free" if free > 2 else f"{free:.1f} GiB free; the embedded model takes up to 1"
     yield Finding("memory", "ok" if free > 2 else "note", text)
-
-
-def _disk() -> Iterator[Finding]:
     free = shutil.disk_usage(os.getcwd()).free / 2**30
     yield Finding("disk", "ok" if free > 2 else "note", f"{free:.0f} GiB free here")
     if sys.flags.utf8_mode == 0 and (sys.stdout.encoding or "").lower().replace("-", "") != "utf8":

@@ -55,7 +55,9 @@ def help_text(command: str, overrides: Sequence[str], folder: str | None = None)
             continue
         file, prefix = f"{group}/{name}", f"{package or group}."
         if group == "experiment":  # it changes settings of others, and its title may explain what to do first
-            heads, prefix = [f"# {key}={name}", *_head(file, folders)], ""
+            opening = takewhile(lambda line: line.startswith("#"), _read(file, folders).splitlines())
+            heads = [f"# {key}={name}", *(line for line in opening if "@package" not in line)]  # a directive to Hydra
+            prefix = ""
         comments |= {f"{prefix}{setting}": lines for setting, lines in read_comments(file, folders).items()}
         comments[package or group] = Comments((f"{key}={name}: {_names(group, folders).get(name, '')}",))
     packages = [key.rpartition("@")[2] for key in chosen]
@@ -83,12 +85,6 @@ def _read(name: str, folders: Sequence[Path]) -> str:
     """Read the first configuration file of a name; empty without one."""
     files = (folder / f"{name}.yaml" for folder in folders)
     return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
-
-
-def _head(name: str, folders: Sequence[Path]) -> list[str]:
-    """Read the comment at the start of a file, without directives to Hydra."""
-    lines = _read(name, folders).splitlines()
-    return [line for line in takewhile(lambda line: line.startswith("#"), lines) if "@package" not in line]
 
 
 def _names(group: str, folders: Sequence[Path]) -> dict[str, str]:

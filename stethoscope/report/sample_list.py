@@ -334,12 +334,14 @@ def write_html(run: RunExport, folder: Path) -> list[Path]:
     rows: list[dict[str, Any]] = []
     pictures: dict[str, str] = {}
     for result in run.tasks:
-        for record, row in _shared_rows(run, result.task):
+        listed = noted_rows(run.source, result.task, run.records(result.task), run.warnings(result.task), None)
+        for record, row in listed:
+            row["notes"] = [{**note, "author": ""} for note in row["notes"]]
             own = run.record_picture(record)
             key = record.image_sha256 or record.image
             if own is not None and key not in pictures:
                 pictures[key] = data_uri(own, SIDE)
-            rows.append({**row, "picture": key if key in pictures else "", "maps": _heatmaps(run, record)})
+            rows.append({**clean(row), "picture": key if key in pictures else "", "maps": _heatmaps(run, record)})
     keys = {key: index for index, key in enumerate(pictures)}  # digests would be most of a row
     for row in rows:
         row["picture"] = keys.get(row["picture"])
@@ -366,13 +368,6 @@ def write_html(run: RunExport, folder: Path) -> list[Path]:
     file = folder / "index.html"
     atomic_write(file, document(f"{data['run']}: samples", body, style, code))
     return [file]
-
-
-def _shared_rows(run: RunExport, task: str) -> Iterator[tuple[Record, dict[str, Any]]]:
-    """Yield the records of a task as they may leave the machine, with their rows."""
-    for record, row in noted_rows(run.source, task, run.records(task), run.warnings(task), None):
-        row["notes"] = [{**note, "author": ""} for note in row["notes"]]
-        yield record, clean(row)
 
 
 def _heatmaps(run: RunExport, record: Record) -> dict[str, Any]:

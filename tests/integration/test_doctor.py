@@ -45,13 +45,12 @@ def installed(monkeypatch):
 
 
 def test_packages_and_extras_that_are_missing(installed):
-    checks = findings(doctor._packages)
+    checks = findings(doctor._installation)
     assert checks["torch"][0] == checks["nowhere-to-be-found"][0] == "FAIL"
     assert checks["torch"][1].endswith('does not fit; pip install "torch<1"')
     assert checks["nowhere-to-be-found"][1] == 'missing; pip install "nowhere-to-be-found>=2"'
     assert "numpy" not in checks
-    extras = findings(doctor._extras)
-    assert extras == {
+    assert {name: check for name, check in checks.items() if name.startswith("extra ")} == {
         "extra good": ("ok", "installed"),
         "extra bad": ("note", 'without nowhere-either; pip install "lvlm-stethoscope[bad]"'),
     }
@@ -60,15 +59,15 @@ def test_packages_and_extras_that_are_missing(installed):
 @pytest.mark.parametrize(("value", "words"), [("1", "offline (HF_HUB_OFFLINE)"), ("0", "may download models")])
 def test_offline(monkeypatch, value, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    assert words in findings(doctor._hub)["hub"][1]
+    assert words in findings(doctor._network)["hub"][1]
 
 
 def test_wandb_without_telling_the_key(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert findings(doctor._wandb)["wandb"][0] == "note"
+    assert findings(doctor._network)["wandb"][0] == "note"
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password verysecret\n")
-    assert findings(doctor._wandb)["wandb"] == ("ok", "signed in")
+    assert findings(doctor._network)["wandb"] == ("ok", "signed in")
 
 
 def test_a_run_that_is_under_way_is_named(tmp_path, monkeypatch):
