@@ -15,13 +15,15 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 import stethoscope
 from stethoscope.adapters.base import Adapter
-from stethoscope.core.types import Generation, Sample
+from stethoscope.core.types import Generation, Sample, required
 from stethoscope.evaluation.callbacks import SaveHeatmaps
 from stethoscope.evaluation.pipeline import TRACE_BATCH
 from stethoscope.evaluation.state import RunState
@@ -45,79 +47,89 @@ def main() -> None:
     parser.add_argument("--features", nargs="+", default=list(LIMITS), help="names of feature sets")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    adapter, task, generation = (
-        stethoscope.load("testbed"),
-        Chair(scenes=options.pictures),
-        Generation(max_new_tokens=128),
-    )
+    adapter, task = stethoscope.load("testbed"), Chair(scenes=options.pictures)
+    generation = Generation(max_new_tokens=128)
     task.setup()
     samples = list(task.samples())
     encoded = [adapter.encode(sample.image.load(), sample.question) for sample in samples]
     sets = {name: named_set(name) for name in options.features}
     with tempfile.TemporaryDirectory() as folder:
         run = RunState(adapter, task, Loggers(), RunStore(Path(folder)))
-        parts = adapter, samples, encoded, generation, sets
-        busy = {size: measure(*parts, size, options.rounds, run) for size in options.batches}
+        costs = Costs(adapter, samples, encoded, generation, sets, run)
+        busy = {size: costs.measure(size, options.rounds) for size in options.batches}
     print("| CPU ms per answer | " + " | ".join(_head(size) for size in options.batches) + " | limit | cost |")
     print("|---|" + "---|" * (len(options.batches) + 2))
     plain = {size: spent.pop(PLAIN) for size, spent in busy.items()}
     print("| generation | " + " | ".join(f"{plain[size] * 1e3:.1f}" for size in options.batches) + " | | |")
     for name, features in sets.items():
-        costs = {size: busy[size][name] - plain[size] for size in options.batches}
-        cells = [f"{cost * 1e3:.1f} (+{cost / plain[size]:.0%})" for size, cost in costs.items()]
+        beyond = {size: busy[size][name] - plain[size] for size in options.batches}
+        cells = [f"{cost * 1e3:.1f} (+{cost / plain[size]:.0%})" for size, cost in beyond.items()]
         limit = LIMITS.get(name)
         print(f"| `{name}` | {' | '.join(cells)} | {'' if limit is None else f'+{limit:.0%}'} | {features.cost} |")
 
 
-def measure(
-    adapter: Adapter,
-    samples: Sequence[Sample],
-    encoded: Sequence[Encoded],
-    generation: Generation,
-    sets: dict[str, FeatureSet],
-    size: int,
-    rounds: int,
-    run: RunState,
-) -> dict[str, float]:
-    """Return CPU seconds per answer of generation alone, and of a run with every feature set.
+@dataclass(frozen=True)
+class Costs:
+    """Measures generation, and all that a run does beside it, on one model and its questions.
 
-    Answers are generated in batches of ``size``.
+    Attributes:
+        adapter: the model.
+        samples: that are asked.
+        encoded: their prompts.
+        generation: settings of decoding.
+        sets: feature sets by name.
+        run: with a store, into which token rows and heat maps are written.
     """
-    assert run.store is not None
-    maps, tables = SaveHeatmaps(), TokenFiles(run.store.run_dir)
 
-    def generate(prompts: Sequence[Encoded], _: Sequence[Sample]) -> None:
-        adapter.generate(prompts, generation)
+    adapter: Adapter
+    samples: Sequence[Sample]
+    encoded: Sequence[Encoded]
+    generation: Generation
+    sets: dict[str, FeatureSet]
+    run: RunState
 
-    def with_features(features: FeatureSet) -> Callable[[Sequence[Encoded], Sequence[Sample]], None]:
-        def answer(prompts: Sequence[Encoded], asked: Sequence[Sample]) -> None:
-            prompts = adapter.prefill(prompts, features.requires)
-            answers, kept = adapter.generate_with_cache(prompts, generation)
-            rows: list[TokenRows] = []
-            for start in range(0, len(kept), TRACE_BATCH):
-                few = slice(start, start + TRACE_BATCH)
-                traces = adapter.trace_batch(kept[few], answers[few], features.requires)
-                computed = features.compute_batch(traces)
-                for sample, trace, columns in zip(asked[few], traces, computed, strict=True):
-                    mentions = run.task.label_mentions(sample, trace.answer)
-                    rows.append(TokenRows.of_trace(sample, trace, mentions, columns))
-                    maps.on_trace(run, sample, trace)
-            tables.append(token_tables(run.task.name, rows))
+    def measure(self, size: int, rounds: int) -> dict[str, float]:
+        """Return CPU seconds per answer of generation alone, and of a run with every feature set.
 
-        return answer
+        Answers are generated in batches of ``size``.
+        """
+        maps, tables = SaveHeatmaps(), TokenFiles(required(self.run.store).run_dir)
 
-    ways = {PLAIN: generate} | {name: with_features(features) for name, features in sets.items()}
-    spent = dict.fromkeys(ways, 0.0)
-    for number in range(-1, rounds):  # the first round warms up
-        for start in range(0, len(encoded) if number >= 0 else size, size):
-            batch = slice(start, start + size)
-            for name, way in ways.items():
-                before = time.process_time()
-                way(encoded[batch], samples[batch])
-                if number >= 0:
-                    spent[name] += time.process_time() - before
-    tables.close()
-    return {name: seconds / len(encoded) / rounds for name, seconds in spent.items()}
+        def generate(prompts: Sequence[Encoded], _: Sequence[Sample]) -> object:
+            return self.adapter.generate(prompts, self.generation)
+
+        def with_features(features: FeatureSet) -> Callable[[Sequence[Encoded], Sequence[Sample]], object]:
+            return lambda prompts, asked: tables.append(self._answer(features, prompts, asked, maps))
+
+        ways = {PLAIN: generate} | {name: with_features(features) for name, features in self.sets.items()}
+        spent = dict.fromkeys(ways, 0.0)
+        for number in range(-1, rounds):  # the first round warms up
+            for start in range(0, len(self.encoded) if number >= 0 else size, size):
+                batch = slice(start, start + size)
+                for name, way in ways.items():
+                    before = time.process_time()
+                    way(self.encoded[batch], self.samples[batch])
+                    if number >= 0:
+                        spent[name] += time.process_time() - before
+        tables.close()
+        return {name: seconds / len(self.encoded) / rounds for name, seconds in spent.items()}
+
+    def _answer(
+        self, features: FeatureSet, prompts: Sequence[Encoded], asked: Sequence[Sample], maps: SaveHeatmaps
+    ) -> list[pa.Table]:
+        """Answer a batch of prompts as a run does; return its token rows."""
+        prompts = self.adapter.prefill(prompts, features.requires)
+        answers, kept = self.adapter.generate_with_cache(prompts, self.generation)
+        rows: list[TokenRows] = []
+        for start in range(0, len(kept), TRACE_BATCH):
+            few = slice(start, start + TRACE_BATCH)
+            traces = self.adapter.trace_batch(kept[few], answers[few], features.requires)
+            computed = features.compute_batch(traces)
+            for sample, trace, columns in zip(asked[few], traces, computed, strict=True):
+                mentions = self.run.task.label_mentions(sample, trace.answer)
+                rows.append(TokenRows.of_trace(sample, trace, mentions, columns))
+                maps.on_trace(self.run, sample, trace)
+        return token_tables(self.run.task.name, rows)
 
 
 def _head(size: int) -> str:
