@@ -288,25 +288,23 @@ def read_mean_and_std(source: str, loading: Loading) -> tuple[tuple[float, ...],
     """Read mean and standard deviation of red, green and blue from ``preprocessor_config.json``, else take CLIP's.
 
     Raises:
-        ConfigError, DataError: as ``read_config``; or they are not three numbers each.
+        ConfigError, DataError: as ``read_config``; or they are not three numbers each, those of the deviation above 0.
     """
     settings = read_config(source, loading, "preprocessor_config.json")
     colours = []
     for name, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
-        colour = settings.get(name) or default
-        if len(parts := _numbers(colour)) != 3:
+        given = settings.get(name)
+        parts = default if given is None else given
+        is_list = isinstance(parts, (list, tuple)) and len(parts) == 3
+        if not is_list or not all(isinstance(part, (int, float)) and math.isfinite(part) for part in parts):
             raise DataError(
-                f"the preprocessor_config.json of {source}: {name}={colour!r:.80} should be three numbers such as "
+                f"the preprocessor_config.json of {source}: {name}={given!r:.80} should be three numbers such as "
                 f"{list(default)}"
             )
-        colours.append(parts)
+        if name == "image_std" and min(parts) <= 0:  # pixels are divided by it
+            raise DataError(f"the preprocessor_config.json of {source}: {name}={given!r:.80} should be above 0")
+        colours.append(tuple(parts))
     return colours[0], colours[1]
-
-
-def _numbers(value: Any) -> tuple[float, ...]:
-    """Return the items of a list of finite numbers; of anything else none."""
-    items = tuple(value) if isinstance(value, (list, tuple)) else ()
-    return items if all(isinstance(item, (int, float)) and math.isfinite(item) for item in items) else ()
 
 
 def load_llama_tokenizer(source: str, loading: Loading) -> LlamaTokenizer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,10 @@ from stethoscope.diagnosis.viewer_parts import (
     attention_payload,
     edit_payload,
     in_base64,
-    in_bytes,
     seen_payload,
     thinned_out,
 )
-from stethoscope.relevancy.heatmaps import OPACITY, RAMP, colours, one_grid, overlay
+from stethoscope.relevancy.heatmaps import OPACITY, RAMP, colours, in_bytes, one_grid, overlay
 from stethoscope.tasks.yes_no import first_word
 
 if TYPE_CHECKING:
@@ -237,7 +237,9 @@ def notebook(diagnosis: Diagnosis) -> str:
     shown = (shown or [mention for mention in diagnosis.mentions if mention.tokens])[:NOTEBOOK_FIGURES]
     figures = [(data_uri(diagnosis.image, 2 * NOTEBOOK_WIDTH), "the picture")]
     for mention in shown:
-        figures += _notebook_figure(diagnosis, mention)
+        with suppress(CapabilityError):  # the model gives no heat map
+            image = overlay(diagnosis.image, diagnosis.heat_map(mention.tokens[0]), width=NOTEBOOK_WIDTH)
+            figures.append((data_uri(image, 2 * NOTEBOOK_WIDTH), mention.object + _verdict_text(diagnosis, mention)))
     display = render(
         "diagnosis/notebook.html",
         data=data,
@@ -265,15 +267,6 @@ def _notebook_pieces(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
         yield text[start:end], {"probability": token["probability"], "mention": mention, "warned": warned}
         position = end
     yield text[position:], None
-
-
-def _notebook_figure(diagnosis: Diagnosis, mention: DiagnosedMention) -> list[tuple[str, str]]:
-    """Draw the heat map of a mention with its caption; return an empty list if the model gives none."""
-    try:
-        image = overlay(diagnosis.image, diagnosis.heat_map(mention.tokens[0]), width=NOTEBOOK_WIDTH)
-    except CapabilityError:
-        return []
-    return [(data_uri(image, 2 * NOTEBOOK_WIDTH), mention.object + _verdict_text(diagnosis, mention))]
 
 
 def _verdict_text(diagnosis: Diagnosis, mention: DiagnosedMention) -> str:

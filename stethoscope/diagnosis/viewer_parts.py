@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stethoscope.core.text import percent
-from stethoscope.relevancy.heatmaps import image_token_tiles, one_grid
+from stethoscope.relevancy.heatmaps import image_token_tiles, in_bytes, one_grid
 
 if TYPE_CHECKING:
     from stethoscope.diagnosis.diagnosis import Diagnosis
@@ -267,13 +267,6 @@ def thinned_out(layers: int, most: int) -> list[int]:
     ([0, 10, 21, 31], [0, 1, 2])
     """
     return sorted({round(value) for value in np.linspace(0, layers - 1, min(layers, most))})
-
-
-def in_bytes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale (..., rows, columns) maps to uint8, each to its own maximum; return them and the (...) maxima."""
-    peaks = values.max((-2, -1), initial=0)
-    scale = np.where(peaks > 0, peaks, 1)[..., None, None]
-    return np.rint(255 * values / scale).astype(np.uint8), peaks
 
 
 def _encoded_maps(values: np.ndarray) -> dict[str, str]:

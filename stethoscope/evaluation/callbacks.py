@@ -23,7 +23,7 @@ from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.files import jsonable
 from stethoscope.core.text import console, wrap_streams
 from stethoscope.loggers.base import TablePicture
-from stethoscope.relevancy.heatmaps import heat, image_token_tiles, name_attention, raster, relevancy_tiles
+from stethoscope.relevancy.heatmaps import heat, image_token_tiles, in_bytes, name_attention, raster, relevancy_tiles
 from stethoscope.storage.saved_heatmaps import ATTENTION, MAX_SIDE, RELEVANCY, HeatmapFile
 from stethoscope.tracing.token_spans import token_regions
 
@@ -310,9 +310,7 @@ class SaveHeatmaps(Callback):
         shape = raster(size, self.cells)
         if len(values) == 1 and max(values[0].shape[-2:]) <= self.cells and _covers_image(boxes[0], size):
             shape = values[0].shape[-2:]
-        heatmaps = heat(values, boxes, size, shape)
-        top = heatmaps.max((-2, -1), keepdims=True)
-        scaled = np.rint(255 * heatmaps / np.where(top > 0, top, 1)).astype(np.uint8)
+        scaled, _ = in_bytes(heat(values, boxes, size, shape))
         return dict(zip(tokens, scaled, strict=True))
 
 

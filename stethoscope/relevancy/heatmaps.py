@@ -166,6 +166,13 @@ def image_token_tiles(values: np.ndarray, regions: TokenRegions) -> tuple[list[n
     return tiles, [box for _, box in regions.grids]
 
 
+def in_bytes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (..., rows, columns) maps to uint8, each to its own maximum; return them and the (...) maxima."""
+    peaks = values.max((-2, -1), initial=0)
+    scale = np.where(peaks > 0, peaks, 1)[..., None, None]
+    return np.rint(255 * values / scale).astype(np.uint8), peaks
+
+
 def colours(values: np.ndarray) -> np.ndarray:
     """Convert values in [0, 1] to uint8 RGB (..., 3) colours of ``RAMP``."""
     position = np.asarray(values).clip(0, 1) * (len(RAMP) - 1)

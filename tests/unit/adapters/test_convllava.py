@@ -326,6 +326,8 @@ def test_fewer_layers_than_the_files_hold(parts):
     [
         ("tower/preprocessor_config.json", "image_mean", 3, ("image_mean=3", "three numbers")),
         ("tower/preprocessor_config.json", "image_mean", [0.5, 0.5], ("image_mean=[0.5, 0.5]",)),
+        ("tower/preprocessor_config.json", "image_mean", [], ("image_mean=[]", "three numbers")),
+        ("tower/preprocessor_config.json", "image_std", [0.3, 0.3, 0], ("image_std=[0.3, 0.3, 0]", "above 0")),
         ("tower/preprocessor_config.json", "image_std", [1, 1, {}], ("image_std=[1, 1, {}]",)),
         ("tower/config.json", "num_channels", -1, ("convllava-768 cannot be built with its sizes",)),
         ("tower/config.json", "hidden_act", "none", ("convllava-768 cannot be built with its sizes", "none")),
