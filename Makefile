@@ -40,7 +40,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement $(LOCK)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	PYTHONWARNINGS=ignore::UserWarning $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 # for hours, by hand or at night: `.ci/run` has no time for it. Stopped, it goes on behind the last file that passed at
