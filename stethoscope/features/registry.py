@@ -107,11 +107,15 @@ class Feature:
         return max((COSTS[part] for part in self.requires), key=COST_CLASSES.index, default=FORWARD)
 
     @cached_property
+    def module(self) -> str:
+        """Module that defines the function."""
+        function = self.function.args[0] if isinstance(self.function, partial) else self.function
+        return str(getattr(function, "__module__", ""))
+
+    @property
     def plugin(self) -> str:
         """Module of a plug-in that defines the function; empty for features of this package."""
-        function = self.function.args[0] if isinstance(self.function, partial) else self.function
-        module = str(getattr(function, "__module__", ""))
-        return "" if module.partition(".")[0] == "stethoscope" else module
+        return "" if self.module.partition(".")[0] == "stethoscope" else self.module
 
     def compute(self, trace: Trace) -> np.ndarray:
         """Compute the values of a trace, float32.
@@ -129,8 +133,8 @@ class Feature:
             if out_of_memory(error):
                 raise
             raise CaptureError(
-                f"feature {self.name!r} of {self.plugin} failed, {type(error).__name__}: {first_line(error)}; parts of "
-                f"the trace that it reads belong into its requires, now {sorted(self.requires)}"
+                f"feature {self.name!r} of {self.plugin} failed, {type(error).__name__}: {first_line(error)}"
+                f"{self._missing_part(error)}"
             ) from error
         rows = len(trace.answer.token_ids)
         if values.shape[:1] != (rows,):
@@ -140,8 +144,17 @@ class Feature:
             )
         return values
 
+    def _missing_part(self, error: Exception) -> str:
+        """Explain an error that a part of the trace which was not asked for may have caused; empty for others."""
+        if not isinstance(error, (AttributeError, TypeError)):
+            return ""
+        return f"; the parts of the trace that it reads should be named in requires, now {sorted(self.requires)}"
+
 
 FEATURES: dict[str, Feature] = {}
+
+
+LIST_FEATURES = "`stethoscope list features` explains them"
 
 
 def _call_with_offset(function: Callable[..., Values], offset: int, trace: Trace) -> Values:
@@ -171,7 +184,8 @@ def feature(
 
     Raises:
         ValueError: ``rows`` is neither.
-        ConfigError: ``requires`` or ``higher_means`` holds an unknown word; the message names the feature.
+        ConfigError: ``requires`` or ``higher_means`` holds an unknown word, the function has no docstring, or another
+            module has a feature of this name; the message names the feature.
     """
     if rows not in ("predicting", "both"):
         raise ValueError(f"rows={rows!r} should be 'predicting' or 'both'")
@@ -184,6 +198,8 @@ def feature(
                 raise ConfigError(f"feature {name}: {unknown('part of a trace in requires', str(part), COSTS)}")
         if higher_means not in DIRECTIONS:
             raise ConfigError(f"feature {name}: {unknown('higher_means', str(higher_means), DIRECTIONS)}")
+        if not document.strip():
+            raise ConfigError(f"feature {name} has no docstring; its first line explains the feature in lists")
         variants: list[tuple[str, FeatureFunction, str]] = [(name, function, document)]
         if rows == "both":
             first, _, rest = document.strip().partition("\n")
@@ -196,10 +212,18 @@ def feature(
                 for offset, (suffix, row) in enumerate((("q", "predicting row"), ("c", "consuming row")))
             ]
         for column, variant, text in variants:
+            _check_free(column, function)
             FEATURES[column] = Feature(column, group, higher_means, frozenset(requires), variant, text, vector, by_row)
         return function
 
     return register
+
+
+def _check_free(name: str, function: Callable[..., Values]) -> None:
+    """Check that no other module has a feature of this name; the same module may define its own again."""
+    if name in FEATURES and FEATURES[name].module != function.__module__:
+        other = FEATURES[name].module
+        raise ConfigError(f"feature {name} of {function.__module__} needs another name: {other} has one of this name")
 
 
 DEFAULT_GROUPS = ("uncertainty", "position", "attention", "lens", "hidden")
@@ -245,10 +269,10 @@ class FeatureSet:
                 raise ConfigError(unknown("feature group", group, known))
         for name in names:
             if name not in FEATURES:
-                raise ConfigError(unknown("feature", name, FEATURES))
+                raise ConfigError(f"{unknown('feature', name, FEATURES)}; {LIST_FEATURES}")
         for name in exclude:
             if name not in FEATURES and name not in known:
-                raise ConfigError(unknown("feature or group", name, [*FEATURES, *known]))
+                raise ConfigError(f"{unknown('feature or group', name, [*FEATURES, *known])}; {LIST_FEATURES}")
         wanted = {*names, *(item.name for name in sets for item in named_set(name).features)}
         left_out = {group for group in exclude if group not in FEATURES}  # "position" is a feature first
         self.features: tuple[Feature, ...] = tuple(

@@ -109,7 +109,7 @@ def test_what_is_wrong_with_it_is_said_in_a_line(mine, stethoscope):
         (
             "careless",
             "trace.mass[:, -1, 0, 0]",
-            "TypeError: 'NoneType' object is not subscriptable; parts of the trace",
+            "TypeError: 'NoneType' object is not subscriptable; the parts of the trace",
         ),
         ("summed", "trace.logits.sum(0)", "first dimension should be the tokens"),
     ],

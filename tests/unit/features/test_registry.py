@@ -57,6 +57,17 @@ def test_a_wrong_word_in_a_feature_of_ones_own_names_the_feature():
     assert "mine" not in FEATURES
 
 
+def test_a_feature_of_ones_own_takes_no_name_of_another_and_explains_itself():
+    def nll(trace):
+        """Return zeros."""
+
+    with pytest.raises(ConfigError, match=r"feature nll of .* needs another name: stethoscope.features.dist"):
+        feature("mine", higher_means="depends")(nll)
+    assert FEATURES["nll"].group == "uncertainty"
+    with pytest.raises(ConfigError, match="has no docstring; its first line explains the feature in lists"):
+        feature("mine", higher_means="depends")(lambda trace: None)
+
+
 def test_list_tells_the_cost_of_every_set(capsys):
     from stethoscope.commands.list import main
 
