@@ -223,6 +223,14 @@ def dispatch_model(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
     return dispatched
 
 
+def _no_model(model_id: str) -> str:
+    """Say that a folder holds no model; empty for hub ids, and for folders with the configuration of one."""
+    folder = Path(model_id).expanduser()
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return ""
+    return f"folder {model_id} holds no model: it has no config.json; name one that save_pretrained wrote, or a hub id"
+
+
 @contextmanager
 def translate_loading_errors(model_id: str) -> Iterator[None]:
     """Turn whatever loading raises into one of our errors, with a message of one line."""
@@ -235,12 +243,15 @@ def translate_loading_errors(model_id: str) -> Iterator[None]:
     except OSError as error:
         if Path(model_id).expanduser().is_dir():
             raise DataError(
-                f"model folder {model_id} lacks a file or holds a damaged one: {first_line(error)}"
+                _no_model(model_id)
+                or f"model folder {model_id} lacks a file or holds a damaged one: {first_line(error)}"
             ) from error
         raise ConfigError(f"model {model_id} was not found as a folder or on the hub: {first_line(error)}") from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(f"model {model_id} brings its own code; set trust_remote_code=true to run it") from error
+        if reason := _no_model(model_id):
+            raise DataError(reason) from error
         raise CapabilityError(f"model {model_id} cannot be loaded: {first_line(error)}") from error
     except Exception as error:  # safetensors and pickle errors have no common base
         raise DataError(f"the files of model {model_id} cannot be read: {first_line(error)}") from error

@@ -363,7 +363,8 @@ def fractions(config: DictConfig) -> tuple[float, float, float]:
         train, calibration, test = config.split.train, config.split.calibration, 0.0
     if not test > 0 or min(train, calibration) <= 0:
         raise ConfigError(
-            f"split.train={train} and split.calibration={calibration} should be above 0 and leave images for the test"
+            f"split.train={train} and split.calibration={calibration} should be numbers above 0 that leave images "
+            "for the test"
         )
     return train, calibration, test
 

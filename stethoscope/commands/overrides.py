@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from omegaconf import DictConfig, OmegaConf
+
 from stethoscope.commands import HYDRA_COMMANDS
 from stethoscope.commands.command_line import search_path
 from stethoscope.core.component import TARGET, choices, compose, conf_folder, groups, is_located
@@ -52,6 +54,10 @@ INSTEAD = {
     "export": {"task": "export writes all tasks of run=..., or those of tasks=[pope], for example"},
 }
 """By command, what to say for a group that it does not choose from, where another setting or command does it."""
+
+
+EXAMPLES = {"run": "runs/first", "engine.base_url": "http://127.0.0.1:8000/v1"}
+"""A value of each setting that has no default."""
 
 
 _LOGGER_SETTING = re.compile(r"(?P<sign>\+\+?|~)?logger\.(?P<name>[^.=]+)")
@@ -247,7 +253,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str], folder: st
     text = str(error)
     if isinstance(error, MissingMandatoryValue):
         match = re.search(r"full_key: (\S+)|mandatory value: (\S+)", text)
-        return f"{next(filter(None, match.groups())) if match else 'a setting'} must be given: add it as key=value"
+        return _missing(next(filter(None, match.groups())) if match else "a setting")
     if isinstance(error, InterpolationResolutionError):
         return one_line(first_line(error))
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
@@ -259,6 +265,11 @@ def explain(error: Exception, command: str, overrides: Sequence[str], folder: st
             return f"{key} is a setting of a class, which {ESTIMATOR}.{TARGET}=sklearn.svm.SVC, for example, chooses"
         return _unknown_setting(key, _known_keys(command, [*overrides, *search_path(folder)], key))
     return one_line(re.sub(r"\s*See https://hydra.cc\S*.*", "", text, flags=re.DOTALL))
+
+
+def _missing(key: str) -> str:
+    """Write the message for a setting that has no default."""
+    return f"{key} must be given: add it as {key}={EXAMPLES.get(key, '...')}"
 
 
 def _other_group(group: str, command: str, overrides: Sequence[str]) -> str:
@@ -288,7 +299,6 @@ def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[
     It is composed without the offending override.
     """
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
 
     valid = [item for item in overrides if not item.lstrip("+~").startswith(offending + "=") and "," not in item]
     try:
@@ -333,6 +343,8 @@ def check_config(config: Mapping[str, Any], command: str, words: Sequence[str]) 
     Raises:
         ConfigError: see ``check_settings``, ``check_values`` and ``check_mappings``.
     """
+    for key in sorted(OmegaConf.missing_keys(config)) if isinstance(config, DictConfig) else ():
+        raise ConfigError(_missing(key))
     check_settings(config, command, words)
     check_values(config)
     check_mappings(config, command)

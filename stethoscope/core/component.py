@@ -7,7 +7,8 @@ import inspect
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 
@@ -52,7 +53,7 @@ def import_plugins(plugins: str | Sequence[str] | None) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # a plug-in may raise anything: the message names it, the cause stays attached
-            raise ConfigError(f"plugins={name} cannot be imported: {_reason(error)}") from error
+            raise ConfigError(f"plugins={name} cannot be imported: {_reason(error)}{_where(error, name)}") from error
 
 
 def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
@@ -83,7 +84,7 @@ def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     try:
         value = getattr(importlib.import_module(module), name)
     except Exception as error:  # a plug-in may raise anything: the message names it, the cause stays attached
-        raise ConfigError(f"{key}={shown} cannot be imported: {_reason(error)}") from error
+        raise ConfigError(f"{key}={shown} cannot be imported: {_reason(error)}{_where(error, package)}") from error
     defined_in = getattr(value, "__module__", None)
     if not callable(value) or not _inside(str(defined_in), allowed):
         raise ConfigError(f"{key}={shown} is no class or function that {' or '.join(allowed)} defines")
@@ -151,11 +152,43 @@ def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugi
         raise ConfigError(f"{path}: only {key} itself names a class, its settings are plain values given by name")
     cls = import_class(plain[TARGET], base, f"{key}.{TARGET}", plugins)
     try:
-        return cls(**settings)
+        component = cls(**settings)
     except StethoscopeError:
         raise
     except Exception as error:  # wrong names and types make constructors raise anything
+        _check_numbers(cls, settings, key)
         raise ConfigError(f"{key}: {plain[TARGET]} cannot be made: {_reason(error)}") from error
+    _check_numbers(cls, settings, key)
+    return component
+
+
+NUMBERS: dict[Any, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+}
+"""By the annotation of an argument the types that its setting may have, and what they are called."""
+
+
+def _check_numbers(cls: type, settings: Mapping[str, Any], key: str) -> None:
+    """Check the settings whose arguments are annotated as numbers or as true or false.
+
+    Raises:
+        ConfigError: one is something else.
+    """
+    try:
+        parameters = inspect.signature(cls, eval_str=True).parameters
+    except Exception:  # annotations may name what is imported for type checkers alone
+        return
+    for name, value in settings.items():
+        hint = parameters[name].annotation if name in parameters else None
+        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        expected = next((option for option in options if option in NUMBERS), None)
+        if expected is None or not {*options} <= {*NUMBERS, type(None)}:
+            continue
+        types, description = NUMBERS[expected]
+        if type(value) not in (*types, *({type(None)} & {*options})):
+            raise ConfigError(f"{key}.{name}={_SHORT.repr(value)} should be {description}")
 
 
 def _special_keys(node: Any, path: str) -> Iterator[str]:
@@ -178,6 +211,13 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
+
+
+def _where(error: BaseException, name: str) -> str:
+    """Explain how Python finds a package of the user's that it did not find; empty for other errors."""
+    if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+        return f"; PYTHONPATH=FOLDER before the command names the folder that {error.name} lies in"
+    return ""
 
 
 def conf_folder() -> Path:

@@ -63,16 +63,25 @@ def check_list(name: str, expected: str, items: object, kind: type = Iterable) -
         raise wrong_type(name, expected, items)
 
 
+MOST_LISTED = 60
+"""Known names that a message lists; of more it lists the first few."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Write the message for an unknown name, with close matches and the known names.
+
+    Of more than ``MOST_LISTED`` known names only the first ten are listed.
 
     >>> unknown("task", "popee", ["pope", "chair"])
     "unknown task 'popee'; did you mean 'pope'? There are: chair, pope"
     >>> unknown("model", "llava", ["llava-onevision-7b", "testbed"])
     "unknown model 'llava'; did you mean 'llava-onevision-7b'? There are: llava-onevision-7b, testbed"
+    >>> unknown("digit", "z", map(str, range(100, 200)))
+    "unknown digit 'z'. There are: 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, and 90 more"
     """
     known = sorted(known)
     longer = [item for item in known if name and item.startswith(name)][:3]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or longer
     hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else "."
-    return f"unknown {kind} {name!r}{hint} There are: {', '.join(known) or 'none'}"
+    listed = known if len(known) <= MOST_LISTED else [*known[:10], f"and {len(known) - 10} more"]
+    return f"unknown {kind} {name!r}{hint} There are: {', '.join(listed) or 'none'}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import ArtefactError, ConfigError
-from stethoscope.core.text import listed
+from stethoscope.core.text import counted, listed
 from stethoscope.core.token_table import KEY_COLUMNS, feature_names
 from stethoscope.features import FEATURES
 
@@ -87,7 +87,7 @@ def matching_columns(table: pd.DataFrame, names: Sequence[str], label: str) -> p
     layered = {feature_of(name) for name in names if _LAYER.search(name)}
     deeper = [name for name in available if name not in names and feature_of(name) in layered and _LAYER.search(name)]
     if missing or deeper:
-        parts = [f"lacks {len(missing)} columns ({listed(missing)})"] if missing else []
+        parts = [f"lacks {counted(len(missing), 'column')} ({listed(missing)})"] if missing else []
         parts += [f"has {len(deeper)} layers or heads more ({listed(deeper)})"] if deeper else []
         raise ConfigError(
             f"{label} {' and '.join(parts)}: a column of one layer means the same only in a model of the same depth. "

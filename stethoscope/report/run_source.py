@@ -16,7 +16,7 @@ import numpy as np
 from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_yaml
 from stethoscope.core.json_rows import check_content
-from stethoscope.core.text import listed
+from stethoscope.core.text import counted, listed
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.given_answers import NOT_OWN
@@ -122,7 +122,7 @@ class RunReader:
         if (unfinished and not in_progress) or not statuses:
             reason = ", ".join(f"{task}: {status}" for task, status in unfinished.items()) or "it has no status.json"
             raise ArtefactError(
-                f"the run in {folder} is not finished ({reason}); the command that began it goes on with it"
+                f"the run in {folder} is not finished ({reason}); the command that was cut short goes on with it"
             )
         for task, section in fingerprints.items():
             check_shape(folder / "fingerprint.json", section, FINGERPRINT_SHAPE, REMEDIES["fingerprint.json"], task)
@@ -284,8 +284,8 @@ def _describe_missing_run(folder: Path) -> str:
     inside = _run_names(folder)
     if inside:
         return f"{folder} is no run directory but holds {len(inside)}: {listed(inside)}"
-    reason = "has no samples.jsonl" if folder.is_dir() else "is no directory"
-    return f"{folder} is no run directory, it {reason}; {unknown('run', folder.name, _run_names(folder.parent))}"
+    reason = "is no run directory, it has no samples.jsonl" if folder.is_dir() else "is no directory"
+    return f"{folder} {reason}; {unknown('run', folder.name, _run_names(folder.parent))}"
 
 
 def _run_names(folder: Path) -> list[str]:
@@ -343,8 +343,8 @@ def importances(source: RunReader, seed: int = 0) -> list[Importance]:
     missing = set(detector.schema.names) - set(source.table.columns)
     if missing:
         warnings.warn(
-            f"the token table of {source.folder} lacks {len(missing)} columns that its detector reads, so that "
-            f"feature importance is left out; `stethoscope train run={source.folder}` makes both fit again",
+            f"the token table of {source.folder} lacks {counted(len(missing), 'column')} that its detector reads, "
+            f"so that feature importance is left out; `stethoscope train run={source.folder}` makes both fit again",
             stacklevel=2,
         )
         return []

@@ -52,7 +52,7 @@ class RunLock:
                 raise
             self._lock = lock
         except OSError as error:
-            raise ConfigError(f"run directory {self.run_dir} cannot be written to: {error}") from None
+            raise ConfigError(f"run directory {self.run_dir} cannot be written to: {error.strerror or error}") from None
 
     def _take(self, path: Path) -> BaseFileLock:
         from filelock import FileLock, Timeout

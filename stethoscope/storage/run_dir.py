@@ -386,7 +386,8 @@ def saved_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.yaml"
     if not file.is_file():
-        raise ArtefactError(f"{folder} is not a run directory: it has no config.yaml; `stethoscope evaluate` makes one")
+        reason = "is not a run directory: it has no config.yaml" if folder.is_dir() else "is no directory"
+        raise ArtefactError(f"{folder} {reason}; name a run that `stethoscope evaluate` or `benchmark` made")
     return read_yaml(file, REMEDIES[file.name])
 
 

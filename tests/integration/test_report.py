@@ -186,7 +186,9 @@ def test_what_is_no_finished_run_is_one_line(finished, copy, stethoscope):
     assert "did you mean 'pictures'" in stethoscope("report", copy, "picture=false")
     (copy / "status.json").write_text('{"pope": "finished", "chair": "interrupted"}')
     for words in (["report", copy], ["compare", finished / "greedy", copy]):
-        assert "is not finished (chair: interrupted); the command that began it goes on with it" in stethoscope(*words)
+        assert "is not finished (chair: interrupted); the command that was cut short goes on with it" in stethoscope(
+            *words
+        )
 
 
 def test_help_teaches(stethoscope):

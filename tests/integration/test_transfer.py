@@ -91,7 +91,7 @@ def test_another_depth_is_refused_and_its_columns_are_named(home, tmp_path, stet
     line = stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK)
     assert "away chair has 1 layers or heads more (attn_image_l01)" in line
     line = stethoscope("train", f"run={away}", f"test=[{home}]", *QUICK)
-    assert "home chair lacks 1 columns (attn_image_l01)" in line
+    assert "home chair lacks 1 column (attn_image_l01)" in line
     words = ("detector.exclude=['*_l*']", *QUICK)
     assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *words, code=0)
     assert Detector.load(home / "detector").features == ("nll", "position")

@@ -323,6 +323,12 @@ def test_a_folder_without_weights(folder):
     one_line(folder, StethoscopeError, str(folder), "safetensors")
 
 
+def test_a_folder_without_a_model(tmp_path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(DataError, match=r"holds no model: it has no config.json; name one that save_pretrained wrote"):
+        HfAdapter(str(tmp_path)).setup()
+
+
 @pytest.fixture
 def old_llava(tmp_path):
     """A LLaVA folder without ``processor_config.json``, as from before it had one."""

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import stethoscope
 from stethoscope.adapters.base import Adapter
-from stethoscope.core.component import build, choices, compose, import_class, import_name
+from stethoscope.core.component import build, choices, compose, import_class, import_name, import_plugins
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation
 from stethoscope.detection.detector import Detector
@@ -127,6 +127,45 @@ def test_settings_that_the_constructor_refuses():
         build({"_target_": "stethoscope.core.types.Generation", "no_such": 1}, Generation, "generation")
     with pytest.raises(ConfigError, match="is no Detector"):
         build({"_target_": "stethoscope.core.types.Generation"}, Detector, "detector")
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "message"),
+    [
+        ("tasks.chair.Chair", {"scenes": "two"}, "task.scenes='two' should be a whole number"),
+        ("tasks.chair.Chair", {"scenes": True}, "task.scenes=True should be a whole number"),
+        ("tasks.chair.Chair", {"drop_incomplete": "maybe"}, "task.drop_incomplete='maybe' should be true or false"),
+        (
+            "tasks.custom.Custom",
+            {"images": "x", "question": "?", "max_new_tokens": 2.5},
+            "task.max_new_tokens=2.5 should",
+        ),
+        ("evaluation.callbacks.Progress", {"every": "often"}, "task.every='often' should be a number"),
+    ],
+)
+def test_a_setting_that_should_be_a_number_says_so(target, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build({"_target_": f"stethoscope.{target}", **settings}, object, "task")
+
+
+def test_numbers_that_may_be_null_or_whole():
+    node = {"_target_": "stethoscope.tasks.chair.Chair", "scenes": 2, "scene_seed": None, "image_ids": [3]}
+    assert build(node, object, "task").scenes == 2
+    assert build({"_target_": "stethoscope.evaluation.callbacks.Progress", "every": 3}, object, "task").every == 3
+
+
+def test_a_package_that_python_does_not_find_is_told_how_to_be_found(monkeypatch, tmp_path):
+    for make in (
+        lambda: import_plugins(["nowhere_to_be_found"]),
+        lambda: import_name("nowhere_to_be_found.Model", "model._target_", ["nowhere_to_be_found"]),
+    ):
+        with pytest.raises(ConfigError, match="PYTHONPATH=FOLDER before the command names the folder that nowhere_to"):
+            make()
+    (tmp_path / "needs_more.py").write_text("import nowhere_to_be_found\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        import_plugins("needs_more")
+    assert "PYTHONPATH" not in str(error.value)  # it was found; what it imports is another's
 
 
 def test_classes_of_others_are_not_made_unless_trusted():

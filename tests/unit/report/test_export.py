@@ -405,7 +405,7 @@ def test_wrong_settings_are_one_line(testbed_run, tmp_path, capsys, words, messa
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     status, _, errors = call(capsys, f"run={tmp_path / 'nothing'}", f"out={tmp_path}")
     assert status == 2
-    assert "is no run directory" in errors
+    assert "nothing is no directory" in errors
 
 
 def test_a_task_that_judges_no_answer_has_no_outcomes(testbed_run):

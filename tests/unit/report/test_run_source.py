@@ -99,7 +99,7 @@ def test_a_table_with_other_features_has_no_importance_and_says_so(tmp_path):
     detector = Detector(features=["nll"], C=1.0).fit(train)
     source = _source(tmp_path / "run", test, detector)
     source.__dict__["table"] = source.table.drop(columns="nll")
-    with pytest.warns(UserWarning, match="lacks 1 columns that its detector reads"):
+    with pytest.warns(UserWarning, match="lacks 1 column that its detector reads"):
         assert importances(source) == []
 
 
