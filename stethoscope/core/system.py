@@ -64,6 +64,17 @@ def free_memory() -> None:
         torch.mps.empty_cache()
 
 
+@contextmanager
+def rare_collections(objects: int = 20_000) -> Iterator[None]:
+    """Look for unreachable objects after so many new ones, where none holds a tensor; Python does it after 700."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(objects, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
 def _torch_on_gpu() -> Any | None:
     """Return torch if it is imported and has begun to use a GPU."""
     torch = sys.modules.get("torch")

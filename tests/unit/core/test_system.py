@@ -1,5 +1,6 @@
 """Errors of models and processors are one line, our own stay what they are; output that nobody reads stops no work."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from PIL import Image
 
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError, CaptureError, DataError
-from stethoscope.core.system import ModelFaults, raised_here, tolerate_closed_output
+from stethoscope.core.system import ModelFaults, raised_here, rare_collections, tolerate_closed_output
 from stethoscope.core.types import Generation
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
@@ -126,3 +127,10 @@ def test_output_onto_a_full_disk_is_one_line(unbuffered):
     assert done.returncode == 2
     assert "no space left" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_collections_are_as_often_as_before_after_a_block():
+    before = gc.get_threshold()
+    with rare_collections(5000):
+        assert gc.get_threshold() == (5000, *before[1:])
+    assert gc.get_threshold() == before
