@@ -16,7 +16,8 @@ from pathlib import Path
 
 from stethoscope.core.component import choices, groups
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.core.text import redact_override, visible
+from stethoscope.core.redaction import redact_override
+from stethoscope.core.text import visible
 
 TEXTS = {"question", "answer", "suffix", "prompt", "system", "follow_up", "description", "subset", "auth",
          "organization", "url", "brief"}  # fmt: skip

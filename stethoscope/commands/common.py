@@ -16,7 +16,7 @@ from stethoscope.commands.command_line import strip_quotes, unquoted
 from stethoscope.core.component import TARGET, build
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
 from stethoscope.core.files import check_shape, jsonable
-from stethoscope.core.text import redact_override
+from stethoscope.core.redaction import redact_override
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.callbacks import Callback
 from stethoscope.loggers.base import Logger

@@ -26,15 +26,8 @@ from stethoscope.commands.command_line import quote, unquoted
 from stethoscope.commands.overrides import check_config, settings_of
 from stethoscope.core.component import TARGET, build, import_plugins
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
-from stethoscope.core.text import (
-    console,
-    logged_to_stderr,
-    one_line,
-    redact,
-    redact_override,
-    redact_text,
-    visible_output,
-)
+from stethoscope.core.redaction import redact, redact_override, redact_text
+from stethoscope.core.text import console, logged_to_stderr, one_line, visible_output
 from stethoscope.storage.sweep_jobs import FAILED, FINISHED, INTERRUPTED, Job, distinct_overrides, read_jobs, slug
 
 LONGEST = 120  # characters of a folder's name

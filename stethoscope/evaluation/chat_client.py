@@ -20,7 +20,8 @@ import httpx2
 
 from stethoscope import __version__
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError, first_line, unknown
-from stethoscope.core.text import MASK, one_line, redact_text
+from stethoscope.core.redaction import MASK, redact_text
+from stethoscope.core.text import one_line
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.chat_protocol import OPTIONAL, Reply, messages, parse_reply, request_settings, retry_after
 

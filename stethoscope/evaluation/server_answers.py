@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from stethoscope.core.errors import DataError, StethoscopeError
 from stethoscope.core.images import portable_bytes
-from stethoscope.core.text import one_line, redact_text
+from stethoscope.core.redaction import redact_text
+from stethoscope.core.text import one_line
 from stethoscope.core.types import Generation, Sample
 from stethoscope.evaluation.callbacks import Progress
 from stethoscope.evaluation.chat_client import ChatClient, Engine, ServedModel

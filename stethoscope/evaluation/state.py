@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.errors import StethoscopeError
-from stethoscope.core.text import one_line, redact_text
+from stethoscope.core.redaction import redact_text
+from stethoscope.core.text import one_line
 from stethoscope.core.types import Sample
 from stethoscope.evaluation.distributed import DistributedState, current_state
 from stethoscope.evaluation.given_answers import count_given

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.core.files import jsonable
-from stethoscope.core.text import redact, redact_text
+from stethoscope.core.redaction import redact, redact_text
 from stethoscope.loggers.base import Logger, Marked, TablePicture, plain_table
 from stethoscope.loggers.file_loggers import JsonLogger
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stethoscope.core.text import redact_text
+from stethoscope.core.redaction import redact_text
 from stethoscope.loggers.base import (
     Logger,
     TablePicture,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import jsonable, read_json, writing_out
-from stethoscope.core.text import hide_paths, redact, redact_text
+from stethoscope.core.redaction import hide_paths, redact, redact_text
 from stethoscope.core.types import Answer
 from stethoscope.storage.run_dir import REMEDIES
 

@@ -29,7 +29,7 @@ from stethoscope.core.files import (
     unshare,
 )
 from stethoscope.core.json_rows import check_content
-from stethoscope.core.text import redact, redact_override
+from stethoscope.core.redaction import redact, redact_override
 from stethoscope.storage.records import Record, RecordEntry, RecordFiles
 from stethoscope.storage.run_fingerprint import describe, differences, environment
 from stethoscope.storage.tokens import Key, TokenFiles

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.digests import source_digest
 from stethoscope.core.files import jsonable
-from stethoscope.core.text import redact
+from stethoscope.core.redaction import redact
 
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter

@@ -15,7 +15,7 @@ from stethoscope.core.component import compose
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.files import jsonable
 from stethoscope.core.html import document, escape, json_block
-from stethoscope.core.text import redact
+from stethoscope.core.redaction import redact
 from stethoscope.storage.run_fingerprint import describe, differences, digest
 from stethoscope.tasks import object_extraction, yes_no
 from stethoscope.tasks.counts import complete_sentences
