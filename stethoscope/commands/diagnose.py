@@ -35,7 +35,7 @@ TRAIN_ONE = (
 MEANING = {
     "calibrated": "probability of hallucination {} or more",
     "shifted": "score {} or more; no probability, because the detector is not calibrated for this picture or question",
-    "unknown": "score {} or more; nothing tells whether it is calibrated for this picture",
+    "unknown": "score {} or more; the detector has no monitor to tell whether it is calibrated for this picture",
 }
 """What a warning says, by ``Diagnosis.calibration``."""
 OUTCOMES = ("caught", "missed", "false alarm", "hallucinated")  # the last without a detector

@@ -44,7 +44,7 @@ NOTHING_KNOWN = "nothing known"
 MEANING = {
     "calibrated": "probability that the object is hallucinated, calibrated",
     "shifted": "score of the detector, not calibrated for this picture or question",
-    "unknown": "score of the detector; nothing tells whether it is calibrated for this picture",
+    "unknown": "score of the detector, which has no monitor to tell whether it is calibrated for this picture",
 }
 """What a detector's percentages are, by ``Diagnosis.calibration``."""
 VISUAL_EVIDENCE_NOTE = (
