@@ -195,8 +195,8 @@ class LayerRelevancy:
 
     def __init__(self, rows: Tensor, length: int, layers: int, every: bool, samples: int = 1) -> None:
         self._start = torch.nn.functional.one_hot(rows, length).float()
-        self._values = self._start.repeat(samples, layers if every else 1, 1, 1)
-        self._every = every
+        self._shape, self._every = (samples, layers if every else 1), every
+        self._values: Tensor | None = None  # until a layer begins
         self._stored: dict[int, tuple[int, Tensor]] = {}  # by layer, first row and last rows of Abar
 
     def store(self, layer: int, first: int, like: Tensor) -> AddBlock:
@@ -216,7 +216,8 @@ class LayerRelevancy:
         """
         for later in sorted((other for other in self._stored if other > layer), reverse=True):
             self.begin(later, self._stored[later][1])
-        self._values = self._values.to(like)
+        values = self._start.repeat(*self._shape, 1, 1) if self._values is None else self._values
+        self._values = values.to(like)
         touched = (self._values[:, layer:] if self._every else self._values).flatten(1, 2)
         before = touched.clone()
 
@@ -233,7 +234,8 @@ class LayerRelevancy:
         if self._stored:
             first = min(self._stored)
             self.begin(first, self._stored[first][1])
-        return self._values - self._start.to(self._values)
+        values = self._start.repeat(*self._shape, 1, 1) if self._values is None else self._values
+        return values - self._start.to(values)
 
 
 class StoredRelevancy:

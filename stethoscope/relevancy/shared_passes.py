@@ -124,7 +124,7 @@ class PromptPass:
 
     Attributes:
         model: the model.
-        inputs: as given.
+        inputs: as given, but of pixels the shape alone.
         length: P.
         image: (N,) positions of the image tokens.
         layers: by layer keys and values of the P - 1 tokens, (B, key-value heads, P - 1, d), detached; none after a
@@ -134,7 +134,7 @@ class PromptPass:
         recorder: of the pass.
         kind: computation of the image tokens, see ``image_token_kind``.
         alignment: of vision and image tokens, for kind ``merged``.
-        sample: inputs of the first prompt.
+        sample: the same of the first prompt.
         sparse: graphs that are kept are sparse.
         keeps_whole: graphs are kept, and not sparse.
         spent: a backward pass has used the graph.
@@ -178,13 +178,17 @@ class PromptPass:
         _release_unused(self.recorder.checkpointer.calls, self._last)
         self.layers = tuple(self.recorder.keys_and_values.values())
         self._lent: ReferenceType[DynamicCache] | None = None
-        self.embeds = captured[0][:, self.image.to(captured[0].device)]
+        self.embeds = captured[0][:, _slice_of(self.image)]
         self.kind = image_token_kind(model, self.recorder, len(ids), len(self.image), False)
         if self.kind != "merged":
             self.alignment = None
         elif self.alignment is None:
             with torch.inference_mode(False), torch.enable_grad():
                 self.alignment = probe_alignment(model, self.sample, self.image)
+        self.inputs, self.sample = (
+            {name: value.to("meta") if value.is_floating_point() else value for name, value in part.items()}
+            for part in (self.inputs, self.sample)
+        )
 
     def _probe_early(self) -> TokenAlignment | None:
         """Return the alignment of an ordinary tower, whose probe takes as much memory as a layer, before the graph."""
@@ -382,6 +386,12 @@ def _image_positions(model: PreTrainedModel, ids: Tensor) -> Tensor:
     if not (image == image[0]).all():
         raise DataError("the image tokens of the prompts are not at the same positions")
     return image[0].nonzero()[:, 0]
+
+
+def _slice_of(positions: Tensor) -> Tensor | slice:
+    """Return positions as a slice, whose values share memory, where no other is between them."""
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
 
 
 def _release_unused(calls: list[LayerCall], roots: Iterable[Tensor]) -> None:
