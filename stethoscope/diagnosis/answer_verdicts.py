@@ -114,6 +114,22 @@ class AnswerFeatures(NamedTuple):
     image_tokens: str = ""
 
 
+class ReadAnswer(NamedTuple):
+    """An answer with the objects that it names, and what a detector reads of it.
+
+    Attributes:
+        encoded: the prompt.
+        answer: of the model.
+        mentions: of ``extract_mentions``.
+        features: of the answer; empty without a detector.
+    """
+
+    encoded: Encoded
+    answer: Answer
+    mentions: Sequence[Mention]
+    features: AnswerFeatures = AnswerFeatures()
+
+
 def mention_outcome(label: int, warned: bool) -> str:
     """Name the outcome of a mention by its label (1 hallucinated, 0 grounded, -1 none) and its warning.
 
@@ -166,15 +182,12 @@ def make_resampling(extractor: MentionExtractor, generation: Generation | None) 
 
 
 def score_mentions(
-    encoded: Encoded, answer: Answer, mentions: list[Mention], features: AnswerFeatures, detector: Detector | None
+    read: ReadAnswer, detector: Detector | None
 ) -> tuple[tuple[TokenVerdict, ...], tuple[DiagnosedMention, ...]]:
     """Score every token and every mention of an answer with a detector.
 
     Args:
-        encoded: the prompt.
-        answer: of the model.
-        mentions: of ``extract_mentions``.
-        features: of the answer.
+        read: the answer.
         detector: None for mentions without verdicts.
 
     Returns:
@@ -185,82 +198,61 @@ def score_mentions(
             mention.object,
             mention.start,
             mention.end,
-            tuple(answer.covering(mention.start, mention.end)),
+            tuple(read.answer.covering(mention.start, mention.end)),
             label=mention.label,
         )
-        for mention in mentions
+        for mention in read.mentions
     ]
     if detector is None:
         return (), tuple(diagnosed)
-    tokens, verdicts = _score(detector, encoded, answer, mentions, features)
+    tokens, verdicts = _score(detector, read)
     for index, verdict in verdicts.items():
         warned = verdict.probability >= detector.threshold
         diagnosed[index] = replace(diagnosed[index], verdict=verdict, warned=warned)
     return tokens, tuple(diagnosed)
 
 
-def locate_objects(mentions: Sequence[Mention], image_tokens: str, detector: Detector | None) -> dict[str, np.ndarray]:
-    """Let the detector look for every object that an answer names, see ``Diagnosis.seen``.
-
-    Args:
-        mentions: of ``extract_mentions``.
-        image_tokens: of ``AnswerFeatures``.
-        detector: None sees nothing.
-    """
+def locate_objects(read: ReadAnswer, detector: Detector | None) -> dict[str, np.ndarray]:
+    """Let the detector look for every object that an answer names, see ``Diagnosis.seen``; None sees nothing."""
     if detector is None:
         return {}
-    names = dict.fromkeys(mention.object for mention in mentions)
-    seen = {name: detector.design.locate(image_tokens, name) for name in names}
+    names = dict.fromkeys(mention.object for mention in read.mentions)
+    seen = {name: detector.design.locate(read.features.image_tokens, name) for name in names}
     return {name: values for name, values in seen.items() if values is not None}
 
 
-def shift_sentence(
-    encoded: Encoded,
-    answer: Answer,
-    mentions: Sequence[Mention],
-    features: AnswerFeatures,
-    detector: Detector | None,
-    picture: Image,
-    extraction: Extraction,
-) -> str:
+def shift_sentence(read: ReadAnswer, detector: Detector | None, picture: Image, extraction: Extraction) -> str:
     """Say in one sentence that an answer or its mentions are unlike those that its detector learned from; else "".
 
     Args:
-        encoded: the prompt.
-        answer: of the model.
-        mentions: of ``extract_mentions``.
-        features: of the answer.
+        read: the answer.
         detector: one without a monitor says nothing.
         picture: that the answer is about.
         extraction: that found the mentions.
     """
-    if detector is not None and encoded.history:
+    if detector is not None and read.encoded.history:
         return FOLLOW_UP
-    if detector is None or not mentions:
+    if detector is None or not read.mentions:
         return ""
     if words := other_words(extraction.identity, detector.notes.get("task")):
         return words
     if detector.monitor is None:
         return ""
-    table = token_rows(encoded, answer, mentions, features, profile_text(picture))
+    table = token_rows(read, profile_text(picture))
     return detector.monitor.sentence(detector.readings(table, contents=False))
 
 
-def token_rows(
-    encoded: Encoded, answer: Answer, mentions: Sequence[Mention], features: AnswerFeatures, picture: str = ""
-) -> pd.DataFrame:
+def token_rows(read: ReadAnswer, picture: str = "") -> pd.DataFrame:
     """Build the token table of one answer.
 
     Args:
-        encoded: the prompt.
-        answer: of the model.
-        mentions: of ``extract_mentions``.
-        features: of the answer.
+        read: the answer.
         picture: profile of the picture, see ``core.images.picture_profile``; empty where it does not matter.
     """
+    encoded, answer, mentions, features = read
     sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
-    columns, tokens = features
-    rows = TokenRows(sample, answer, answer.owners(mentions), columns, encoded.text, picture, tokens)
+    owners = answer.owners(mentions)
+    rows = TokenRows(sample, answer, owners, features.columns, encoded.text, picture, features.image_tokens)
     return rows.frame("diagnose")
 
 
@@ -298,15 +290,9 @@ def read_features(features: FeatureSet, trace: Trace, detector: Detector, model:
     return AnswerFeatures({name: columns[name] for name in detector.schema.names}, image_tokens(trace, columns))
 
 
-def _score(
-    detector: Detector,
-    encoded: Encoded,
-    answer: Answer,
-    mentions: Sequence[Mention],
-    features: AnswerFeatures,
-) -> tuple[tuple[TokenVerdict, ...], dict[int, TokenVerdict]]:
+def _score(detector: Detector, read: ReadAnswer) -> tuple[tuple[TokenVerdict, ...], dict[int, TokenVerdict]]:
     """Compute the verdict on every token, and on every mention by its index."""
-    table = token_rows(encoded, answer, mentions, features)
+    table = token_rows(read)
     rows = detector.select_mentions(table, judged=False)
     rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
     row_verdicts = _verdicts(detector, rows)

@@ -15,6 +15,7 @@ from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Pictur
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.answer_verdicts import (
     AnswerFeatures,
+    ReadAnswer,
     extract_mentions,
     feature_set,
     locate_objects,
@@ -112,8 +113,9 @@ def diagnose(
         tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
         regions = token_regions(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "score"):
-        verdicts, diagnosed = score_mentions(encoded, answer, extracted, features, detector)
-        shift = shift_sentence(encoded, answer, extracted, features, detector, picture, extractor)
+        read = ReadAnswer(encoded, answer, extracted, features)
+        verdicts, diagnosed = score_mentions(read, detector)
+        shift = shift_sentence(read, detector, picture, extractor)
     logprob = trace.logits.log_softmax(-1)
     return Diagnosis(
         model=adapter.name,
@@ -137,7 +139,7 @@ def diagnose(
         truth=None if truth is None else tuple(truth),
         edit=edit,
         history=encoded.history,
-        seen=locate_objects(extracted, features.image_tokens, detector),
+        seen=locate_objects(read, detector),
     )
 
 

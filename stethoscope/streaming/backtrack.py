@@ -18,7 +18,7 @@ from torch import Tensor
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.system import ModelFaults
 from stethoscope.core.types import Answer
-from stethoscope.diagnosis.answer_verdicts import extract_mentions, feature_set, read_features, token_rows
+from stethoscope.diagnosis.answer_verdicts import ReadAnswer, extract_mentions, feature_set, read_features, token_rows
 from stethoscope.mitigation.base import DetectorMitigation, EditedAnswer, check_no_beams, check_range, check_whole
 from stethoscope.streaming.decode_loop import Rewind
 from stethoscope.streaming.events import MentionCompleted, MentionTracker, TakenBack
@@ -210,7 +210,7 @@ class MentionScorer:
         named = extract_mentions(answer, self._extraction)
         trace = self._adapter.trace(self._encoded, answer, self._features.requires)
         features = read_features(self._features, trace, self._detector, self._adapter.name)
-        table = token_rows(self._encoded, answer, named, features)
+        table = token_rows(ReadAnswer(self._encoded, answer, named, features))
         rows = self._detector.select_mentions(table, judged=False)
         probabilities = [math.nan] * len(answer.token_ids)
         for token, probability in zip(rows["token"], self._detector.predict(rows), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stethoscope.adapters.base import check_asked
 from stethoscope.core.errors import ConfigError
@@ -13,6 +13,7 @@ from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.answer_verdicts import (
     AnswerFeatures,
     DiagnosedMention,
+    ReadAnswer,
     extract_mentions,
     feature_set,
     make_resampling,
@@ -122,17 +123,17 @@ def _diagnose_mentions(
 ) -> tuple[tuple[DiagnosedMention, ...], str]:
     """Extract and score the objects that the finished answer names; say whether the picture is unlike others."""
     answer = streamer.finished_answer()
-    named: Any = extract_mentions(answer, extraction)
-    detector, features = final or streamer.detector, AnswerFeatures()
-    if not named or detector is None:
-        return score_mentions(encoded, answer, named, features, None)[1], ""
+    read = ReadAnswer(encoded, answer, extract_mentions(answer, extraction))
+    detector = final or streamer.detector
+    if not read.mentions or detector is None:
+        return score_mentions(read, None)[1], ""
     if final is None and streamer.scorer is not None:
         scorer = streamer.scorer
-        features = AnswerFeatures(scorer.columns(len(answer.token_ids)), scorer.image_tokens)
+        read = read._replace(features=AnswerFeatures(scorer.columns(len(answer.token_ids)), scorer.image_tokens))
     elif final is not None:
         selected = feature_set(final.schema.names)
         resampling = make_resampling(extraction, None)
-        trace = trace_answers(adapter, [encoded], [answer], selected.requires, [picture], [named], resampling)[0]
-        features = read_features(selected, trace, final, adapter.name)
-    shift = shift_sentence(encoded, answer, named, features, detector, picture, extraction)
-    return score_mentions(encoded, answer, named, features, detector)[1], shift
+        mentions = [read.mentions]
+        trace = trace_answers(adapter, [encoded], [answer], selected.requires, [picture], mentions, resampling)[0]
+        read = read._replace(features=read_features(selected, trace, final, adapter.name))
+    return score_mentions(read, detector)[1], shift_sentence(read, detector, picture, extraction)

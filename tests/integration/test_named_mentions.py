@@ -18,7 +18,7 @@ from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.design_matrix import Design, Inputs
 from stethoscope.detection.image_probe import ImageProbe
 from stethoscope.detection.inference import LinearClassifier, Preprocessing
-from stethoscope.diagnosis.answer_verdicts import AnswerFeatures, extract_mentions, token_rows
+from stethoscope.diagnosis.answer_verdicts import AnswerFeatures, ReadAnswer, extract_mentions, token_rows
 from stethoscope.features import FeatureSet
 from stethoscope.features.relevancy import image_tokens
 from stethoscope.storage.run_dir import RunStore
@@ -197,7 +197,9 @@ def test_other_families(model, monkeypatch):
     named = extract_mentions(answer, as_extraction(words))
     objects = tuple(sorted({mention.object for mention in named})[::2])  # the others are not known
     fake = made_up_detector(columns, unpack_vectors(tokens), objects)
-    rows = fake.select_mentions(token_rows(encoded, answer, named, AnswerFeatures(columns, tokens)), judged=False)
+    rows = fake.select_mentions(
+        token_rows(ReadAnswer(encoded, answer, named, AnswerFeatures(columns, tokens))), judged=False
+    )
     expected = fake.predict(rows)
     assert len(expected) > 2
     assert np.ptp(expected) > 0.1
