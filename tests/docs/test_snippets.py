@@ -24,7 +24,7 @@ from stethoscope.features import FEATURES
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
-    r"^(?:<!-- (?P<mark>snippet: parse \(.+\)|output) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    r"^(?:<!-- (?P<mark>snippet: parse \([^\n]+\)|output) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 INLINE = re.compile(r"(?<!`)`((?:stethoscope|python|make) [^`\n]+)`(?!`)")
