@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from stethoscope.adapters.base import ForeignTokens
 from stethoscope.core.errors import DataError
 from stethoscope.core.types import Answer
-from stethoscope.tracing.token_spans import decode_with_offsets
+from stethoscope.tracing.token_spans import decode_with_offsets, decoder_of
 from stethoscope.tracing.trace import Encoded
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ class AnswerTokens:
     ) -> None:
         self._name, self._model, self._tokenizer = name, model, tokenizer
         self._stops, self._follows_prompt = tuple(stops), follows_prompt
-        self.decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-        self.decode_text = partial(self.decode, skip_special_tokens=True)
+        decode = decoder_of(tokenizer)
+        self.decode, self.decode_text = (partial(decode, skip_special_tokens=skip) for skip in (False, True))
         self.end_ids, self.pad_id = special_ids(model, tokenizer)
         placeholders = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self.placeholder_ids = [token for token in placeholders if token is not None]

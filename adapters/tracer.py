@@ -284,11 +284,11 @@ class Tracer:
         counts = [len(answer) for answer in ids]
         tokens = torch.tensor([token for answer in ids for token in answer], dtype=torch.long)
         valid = torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]
-        rows = valid.flatten().nonzero()[:, 0]  # a sixth of the time of selecting by a mask
-        hidden, logits = (
-            [layer.flatten(0, 1)[rows.to(layer.device)] for layer in hidden],
-            logits.flatten(0, 1)[rows.to(logits.device)],
-        )
+        flat = [part.flatten(0, 1) for part in (*hidden, logits)]
+        if not valid.all():
+            rows = valid.flatten().nonzero()[:, 0]  # a sixth of the time of selecting by a mask
+            flat = [part[rows.to(part.device)] for part in flat]
+        *hidden, logits = flat
         lens, decoded = self._find_lens(), dict[str, Tensor]()
         if not requires.isdisjoint(DECODED_REQUIREMENTS):
             decoded |= lens.read(hidden, logits, tokens, requires)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ OPACITY = 0.55
 """RGB colours of heat maps from the smallest to the largest value: blue, yellow, red."""
 
 
+@lru_cache(maxsize=64)  # pictures of one size have the same
 def coverage(start: float, stop: float, cells: int, pixels: int) -> np.ndarray:
     """Compute the share of every cell that falls on every pixel along one side of an image.
 
@@ -32,13 +34,15 @@ def coverage(start: float, stop: float, cells: int, pixels: int) -> np.ndarray:
            [0. , 0. , 0.5, 0.5]])
 
     Returns:
-        (cells, pixels); rows sum to 1, or to less where a cell lies outside the image.
+        (cells, pixels), not writable; rows sum to 1, or to less where a cell lies outside the image.
     """
     edges = np.linspace(start, stop, cells + 1)
     left, right = edges[:-1, None], edges[1:, None]
     pixel = np.arange(pixels)
     overlap = np.minimum(right, pixel + 1) - np.maximum(left, pixel)
-    return overlap.clip(min=0) / (right - left)
+    shares = overlap.clip(min=0) / (right - left)
+    shares.flags.writeable = False
+    return shares
 
 
 def heat(

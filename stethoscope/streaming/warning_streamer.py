@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from stethoscope.core.errors import CaptureError
@@ -30,11 +29,9 @@ from stethoscope.streaming.scorer import Scorer
 from stethoscope.streaming.step_recorder import StepRecorder
 from stethoscope.tasks.extraction import as_extraction
 from stethoscope.tracing.logit_lens import lens_of
-from stethoscope.tracing.token_spans import GrowingText
+from stethoscope.tracing.token_spans import GrowingText, decoder_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
     from stethoscope.streaming.backtrack import Backtracker
@@ -109,7 +106,7 @@ class WarningStreamer(BaseStreamer):
         self._end_ids = frozenset(settings.eos_token_id or ())
         self._stop_strings = (*getattr(adapter, "stop", ()), *self.generation.stop)
         tokenizer = adapter.processor.tokenizer  # type: ignore[attr-defined]  # an adapter that generates has one
-        self._decode_ids, self._on_event = _decoder(tokenizer), on_event
+        self._decode_ids, self._on_event = decoder_of(tokenizer), on_event
         self._growing = GrowingText(self._decode)
         extractor = as_extraction(extraction)
         every = self.detector is not None and self.detector.settings["subtokens"] != "first"
@@ -375,15 +372,3 @@ def decode_answers(streamers: Sequence[WarningStreamer]) -> Iterator[None]:
 def _has_blank(text: str) -> bool:
     """Whether a text has white space, which completes a word."""
     return text != "".join(text.split())
-
-
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
-    """Return ``decode`` of the tokenizer without cleaning up spaces; fast tokenizers skip their wrapper.
-
-    The wrapper doubles the time of a call.
-    """
-    own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
-    if own == [PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode]:
-        return tokenizer.backend_tokenizer.decode
-    decode_ids = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    return cast("Callable[..., str]", decode_ids)  # one sequence gives a string; only batches give lists

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.tracing.trace import Spans
@@ -267,6 +269,20 @@ def decode_with_offsets(
     lead = len(text) - len(text.lstrip())
     ends = [max(end - lead, 0) for end in ends[: len(ids)]]
     return text[lead:], tuple(zip([0, *ends[:-1]], ends, strict=True)) if ids else ()
+
+
+def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
+    """Return ``decode`` of the tokenizer without cleaning up spaces; fast tokenizers skip their wrapper.
+
+    The wrapper doubles the time of a call. What the two do with special tokens by default differs, so say it.
+    """
+    from transformers import PreTrainedTokenizerFast  # reading spans needs none
+
+    own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
+    if own == [PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode]:
+        return tokenizer.backend_tokenizer.decode
+    decode_ids = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    return cast("Callable[..., str]", decode_ids)  # one sequence gives a string; only batches give lists
 
 
 class GrowingText:
