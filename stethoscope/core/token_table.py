@@ -38,7 +38,7 @@ KEY_COLUMNS: dict[str, str] = {
     "is_first_subtoken": "the token is the first sub-token of its mention",
     "prompt_hash": "first 16 hexadecimal digits of the SHA-256 of the prompt's text, as the model read it",
     "labeller": "what labelled the mentions: name and version of the task, such as chair/1",
-    "picture": "statistics of the picture's pixels (``core.images.picture_profile``) as text; empty in older tables",
+    "picture": "statistics of the picture's pixels (``core.picture_profile``) as text; empty in older tables",
     "image_tokens": "vectors of the picture at the input of the language model as text (``unpack_vectors``), with "
     "hidden states or ``attended_embedding`` in the table; empty otherwise. A file has them in the first row of an "
     "answer only",

@@ -23,7 +23,7 @@ were is not seen. Where no scores of held-out pictures are known, it speaks of a
 
 A single picture is far out by a regularised Mahalanobis distance to the training fold (Lee et al. 2018, arXiv
 1807.03888, without classes) in one of two views: ``picture``, the profile of its pixels
-(``core.images.picture_profile``), and ``answer``, the parts of its mentions' log-odds: hidden states, image tokens,
+(``core.picture_profile``), and ``answer``, the parts of its mentions' log-odds: hidden states, image tokens,
 attention and so on, each as much as it moves the score. Its p-value is the rank among pictures of the calibration fold,
 from which nothing of the distance was learned: under exchangeability the chance of a p-value of at most ``level`` is at
 most ``level`` (split conformal prediction, Vovk et al. 2005; Bates et al. 2023, arXiv 2104.08279).
@@ -42,7 +42,7 @@ from scipy.special import expit
 from scipy.stats import betabinom, mannwhitneyu, ttest_ind_from_stats
 
 from stethoscope.core.errors import DataError
-from stethoscope.core.images import LENGTH
+from stethoscope.core.picture_profile import PROFILE_LENGTH
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.risk_control import Certificate
 from stethoscope.detection.shift_measures import (
@@ -83,7 +83,7 @@ class ShiftMonitor:
         reference: (n,) largest distance over the views, of held-out pictures, sorted.
         order_rates: (``MAX_ORDER``,) mean probability of the first, second, ... mention of held-out pictures.
         residuals: (n,) sums over the mentions of held-out answers of probability less that; (0,) where not known.
-        profiles: (n, ``LENGTH``) float32 profiles of held-out pictures.
+        profiles: (n, ``PROFILE_LENGTH``) float32 profiles of held-out pictures.
         contents: (n, objects) float32 probabilities that they show the objects; (0, 0) where not known.
     """
 
@@ -94,7 +94,7 @@ class ShiftMonitor:
     reference: np.ndarray
     order_rates: np.ndarray = field(default_factory=lambda: np.full(MAX_ORDER, 0.5))
     residuals: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    profiles: np.ndarray = field(default_factory=lambda: np.zeros((0, LENGTH), np.float32))
+    profiles: np.ndarray = field(default_factory=lambda: np.zeros((0, PROFILE_LENGTH), np.float32))
     contents: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     # --- fitting ------------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ class ShiftMonitor:
         nothing = Readings(
             pd.DataFrame(columns=["task", "sample_id", "group"]), np.zeros((0, len(columns))), np.zeros(0)
         )
-        sizes = {"answer": monitor._parts(nothing).shape[1], "picture": LENGTH}
+        sizes = {"answer": monitor._parts(nothing).shape[1], "picture": PROFILE_LENGTH}
         rates, residuals = arrays.numbers("order_rates", MAX_ORDER), arrays.numbers("residuals", None)
         arrays.require(((rates > 0) & (rates < 1)).all(), "order_rates", "should lie between 0 and 1")
         return replace(
@@ -377,7 +377,7 @@ class ShiftMonitor:
             views={name: View.restore(arrays.under(name), sizes[name]) for name in VIEWS if name in names},
             order_rates=rates,
             residuals=residuals,
-            profiles=arrays.weights("profiles", None, LENGTH),
+            profiles=arrays.weights("profiles", None, PROFILE_LENGTH),
             contents=arrays.weights("contents", None, None),
         )
 

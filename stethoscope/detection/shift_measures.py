@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from scipy.stats import mannwhitneyu
 
-from stethoscope.core.images import read_profiles
+from stethoscope.core.picture_profile import read_profiles
 from stethoscope.detection.artifact import Arrays
 
 MAX_COMPONENTS = 64

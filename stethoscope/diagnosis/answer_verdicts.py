@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.core.images import profile_text
+from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.token_table import FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, with_limit
 from stethoscope.features import FeatureSet
@@ -247,7 +247,7 @@ def token_rows(read: ReadAnswer, picture: str = "") -> pd.DataFrame:
 
     Args:
         read: the answer.
-        picture: profile of the picture, see ``core.images.picture_profile``; empty where it does not matter.
+        picture: profile of the picture, see ``core.picture_profile``; empty where it does not matter.
     """
     encoded, answer, mentions, features = read
     sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stethoscope.adapters.base import ForeignTokens
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
-from stethoscope.core.images import profile_text
+from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.text import one_line
 from stethoscope.core.types import Answer, Mention, Sample, Score, required

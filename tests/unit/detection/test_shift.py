@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.token_tables import halves, token_table
-from PIL import Image
 from scipy.special import expit, logit
 from scipy.stats import kstest
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
-from stethoscope.core.images import LENGTH, picture_profile, profile_text, read_profiles
+from stethoscope.core.picture_profile import PROFILE_LENGTH
 from stethoscope.detection import recalibration
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.lookup import mention_warnings, write_warnings
@@ -39,7 +38,7 @@ def with_pictures(table, seed=0, shift=0.0):
     """The table with a made-up profile of every picture."""
     rng = np.random.default_rng(seed)
     texts = {
-        group: " ".join(f"{value:.6g}" for value in rng.normal(size=LENGTH) + shift)
+        group: " ".join(f"{value:.6g}" for value in rng.normal(size=PROFILE_LENGTH) + shift)
         for group in table["group"].unique()
     }
     return table.assign(picture=table["group"].map(texts))
@@ -296,46 +295,6 @@ def test_a_monitor_of_foreign_columns_is_refused(tmp_path):
     detector.monitor = replace(detector.monitor, columns=("other", *detector.monitor.columns[1:]))
     with pytest.raises(ArtefactError, match="columns that the detector reads"):
         detector.save(tmp_path / "detector")
-
-
-# --- profiles of pictures ------------------------------------------------------------------------------------------
-
-
-def test_profile_of_a_picture_goes_into_text_and_back():
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    profile = picture_profile(picture)
-    assert profile.shape == (LENGTH,)
-    assert np.isfinite(profile).all()
-    np.testing.assert_allclose(read_profiles([profile_text(picture)])[0], profile, rtol=1e-5)
-    assert np.isnan(read_profiles([None, "", "1 2", "x " * LENGTH, np.nan])).all()
-
-
-def test_profile_by_hand_of_a_flat_picture():
-    profile = picture_profile(Image.new("RGB", (96, 96), (255, 0, 51)))
-    np.testing.assert_allclose(profile[:18], np.log(1 / 255))
-    np.testing.assert_allclose(profile[18:23], [0, 0, 0.2, 1, 1])
-    np.testing.assert_allclose(profile[23:28], 1)
-    np.testing.assert_allclose(profile[28:], [1, 0, 0.2, 0, 0, 0, 0, 0], atol=1e-12)
-
-
-def test_profile_equals_the_plain_formulas():
-    rng = np.random.default_rng(1)
-    picture = Image.fromarray(
-        rng.integers(0, 256, (96, 96, 3), dtype=np.uint8) // np.arange(1, 97, dtype=np.uint8)[:, None, None]
-    )
-    pixels = np.asarray(picture) / 255
-    right, down = np.diff(pixels, axis=1), np.diff(pixels, axis=0)
-    details = [
-        np.quantile(np.abs(part), (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)) for part in (right, down, np.diff(right, axis=1))
-    ]
-    around = (pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:]) / 4
-    fine = pixels[1:-1, 1:-1] - around
-    common, whole = np.abs(fine.sum(-1)), np.abs(fine).sum(-1)
-    values = [np.quantile(part, (0.05, 0.25, 0.5, 0.75, 0.95)) for part in (pixels, np.ptp(pixels, axis=-1))]
-    shares = [mean(common) / (mean(whole) + 1 / 255) for mean in (np.median, np.mean)]
-    parts = [np.log(np.concatenate(details) + 1 / 255), *values, pixels.mean((0, 1)), pixels.std((0, 1)), shares]
-    np.testing.assert_allclose(picture_profile(picture), np.concatenate(parts), rtol=1e-10, atol=1e-12)
 
 
 # --- recalibration -------------------------------------------------------------------------------------------------
