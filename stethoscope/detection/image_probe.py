@@ -62,7 +62,7 @@ class ImageProbe:
     hidden_bias: np.ndarray
     output: np.ndarray
     bias: np.ndarray
-    known_odds: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    known_odds: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
     @classmethod
     def fit(cls, pictures: Sequence[np.ndarray], targets: np.ndarray, seed: int = 0) -> ImageProbe:
@@ -324,12 +324,13 @@ def _cross_fit(
         chosen = np.flatnonzero(learnable & ~np.isin(group_of, left_out))
         return ImageProbe.fit([pictures[index] for index in chosen.tolist()], targets[chosen], seed)
 
+    def scored_without(test: np.ndarray) -> np.ndarray:
+        probe = fitted_without(np.unique(groups[test]))
+        return _named_scores(lambda read: probe.transform([pictures[i] for i in read]), codes[test], named[test])
+
     scores = np.full(len(labels), np.nan)
     for _, test in GroupKFold(FOLDS).split(labels, labels, groups):
-        probe = fitted_without(np.unique(groups[test]))
-        scores[test] = _named_scores(
-            lambda read, probe=probe: probe.transform([pictures[index] for index in read]), codes[test], named[test]
-        )
+        scores[test] = scored_without(test)
     return fitted_without(groups[:0]), scores
 
 
