@@ -1,6 +1,6 @@
 """Provide the embedded testbed: rendered scenes with exact ground truth, and a small LLaVA that hallucinates.
 
-Nothing is downloaded: scenes are rendered, and the model's weights are in :data:`MODEL_DIR`. Importing this package
+Nothing is downloaded: scenes are rendered, and the model's weights are in ``MODEL_DIR``. Importing this package
 imports neither torch nor transformers nor datasets.
 
     >>> from stethoscope import testbed

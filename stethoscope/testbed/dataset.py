@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import datasets
 
 EVALUATION_SEED = 20_000
-"""Default seed of :func:`scenes`. Training uses seeds below 1,000, validation during development those from 10,000."""
+"""Default seed of ``scenes``. Training uses seeds below 1,000, validation during development those from 10,000."""
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 
@@ -31,16 +31,16 @@ def scenes(n: int, mode: str = "counter", *, seed: int = EVALUATION_SEED) -> lis
     """Sample held-out scenes.
 
     Args:
-        n: How many. Scene i does not depend on n.
+        n: how many. Scene i does not depend on n.
         mode: ``counter`` breaks the co-occurrence priors (the hard and default case), ``prior`` follows them,
             ``collage`` has none.
-        seed: Stream of scenes.
+        seed: stream of scenes.
 
     Returns:
         Scenes named ``<mode>-<index>``, with the seed in between if it is not the default one.
 
     Raises:
-        ValueError: If ``n`` is negative or ``mode`` unknown.
+        ValueError: ``n`` is negative or ``mode`` unknown.
 
     >>> [scene.id for scene in scenes(2)]
     ['counter-000000', 'counter-000001']
@@ -62,16 +62,16 @@ def pope_questions(scenes: Sequence[Scene], split: str, *, seed: int = 0, per_sc
     (``adversarial``).
 
     Args:
-        scenes: Scenes to ask about.
+        scenes: scenes to ask about.
         split: ``random``, ``popular`` or ``adversarial``.
-        seed: Seed of the random choices; positives are the same in all splits.
-        per_scene: Maximum number of positives per scene.
+        seed: seed of the random choices; positives are the same in all splits.
+        per_scene: maximum number of positives per scene.
 
     Returns:
         Records with question_id (from 1), image (file name), text, label ("yes" or "no") and object.
 
     Raises:
-        ValueError: If ``split`` is unknown.
+        ValueError: ``split`` is unknown.
     """
     if split not in POPE_SPLITS:
         raise ValueError(f"split must be one of {', '.join(POPE_SPLITS)}, got {split!r}")
@@ -110,8 +110,8 @@ def removal_questions(scenes: Sequence[Scene], edits: int = 2) -> tuple[list[dic
     show but that usually stand beside those. Scenes with a single object are left out.
 
     Args:
-        scenes: Scenes to ask about.
-        edits: Maximum number of edited versions per scene, each without another object.
+        scenes: scenes to ask about.
+        edits: maximum number of edited versions per scene, each without another object.
 
     Returns:
         Records with id (from 0), image (file name), question, orig_img, removed_q (whether it asks about an object that
@@ -188,9 +188,9 @@ def export(folder: str | pathlib.Path, scenes: Sequence[Scene]) -> pathlib.Path:
     """Write scenes as published benchmark files.
 
     Args:
-        folder: To write to: ``images/<id>.png``, ``instances.json`` and ``captions.json`` (COCO 2014 annotation
+        folder: to write to: ``images/<id>.png``, ``instances.json`` and ``captions.json`` (COCO 2014 annotation
             format) and ``coco_pope_<split>.json`` (POPE's JSON lines).
-        scenes: To write.
+        scenes: to write.
 
     Returns:
         The folder. CHAIR's ground truth read from these files (instances and objects named by the reference captions)

@@ -77,9 +77,9 @@ class Question:
     """A yes/no question about one object.
 
     Attributes:
-        before: Words before the object, with its article.
-        object: Object name.
-        after: Rest of the question.
+        before: words before the object, with its article.
+        object: object name.
+        after: rest of the question.
         answer: "Yes" or "No".
     """
 
@@ -133,10 +133,10 @@ def detailed_caption(scene: Scene, rng: random.Random, *, only_visible: bool = F
     """Describe a scene in detail, as large models do: the setting, the salient objects first, a mood at the end.
 
     Args:
-        scene: To describe, with all annotated objects, drawn or not.
-        rng: Source of all randomness.
-        only_visible: Leave out annotated objects that are not in the picture.
-        mirrored: The picture is shown mirrored, so left and right are swapped.
+        scene: to describe, with all annotated objects, drawn or not.
+        rng: source of all randomness.
+        only_visible: leave out annotated objects that are not in the picture.
+        mirrored: the picture is shown mirrored, so left and right are swapped.
     """
     mentioned: list[SceneObject] = []
     rest = _by_salience(scene, rng, only_visible)

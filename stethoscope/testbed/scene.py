@@ -1,7 +1,7 @@
 """Sample scenes and render them, with an exact id mask.
 
 A scene is plain data; its picture is rendered on demand and is always the same. "Visible" means that the object owns
-pixels in the mask: objects of which less than :data:`MIN_PIXELS` would be seen are not drawn at all, so the ground
+pixels in the mask: objects of which less than ``MIN_PIXELS`` would be seen are not drawn at all, so the ground
 truth has no doubtful cases.
 """
 
@@ -44,17 +44,17 @@ class SceneObject:
 
     Attributes:
         category: COCO category name.
-        colour: Name of its main colour (not every colour has a spoken name).
-        x: Left edge of its square, in pixels; may lie slightly outside the picture.
-        y: Upper edge of its square, in pixels.
-        size: Side of its square, in pixels.
-        depth: Drawing order, 0 (back) to 1 (front).
-        haze: Share of the background that shines through, 0 (solid) to 1.
-        seed: Decides the details of the drawing.
-        visible: Whether it owns pixels in the picture. False is annotation noise: annotated, never drawn.
-        alike: Category of :data:`stethoscope.testbed.vocabulary.ALIKE` that is blended into its drawing; empty for
+        colour: name of its main colour (not every colour has a spoken name).
+        x: left edge of its square, in pixels; may lie slightly outside the picture.
+        y: upper edge of its square, in pixels.
+        size: side of its square, in pixels.
+        depth: drawing order, 0 (back) to 1 (front).
+        haze: share of the background that shines through, 0 (solid) to 1.
+        seed: decides the details of the drawing.
+        visible: whether it owns pixels in the picture. False is annotation noise: annotated, never drawn.
+        alike: category of ``vocabulary.ALIKE`` that is blended into its drawing; empty for
             most.
-        doubt: Opacity of ``alike``, from 0 to less than 0.5: the object itself is always more opaque.
+        doubt: opacity of ``alike``, from 0 to less than 0.5: the object itself is always more opaque.
     """
 
     category: str
@@ -75,12 +75,12 @@ class Scene:
     """One picture of the world with its exact ground truth.
 
     Attributes:
-        id: Stable and unique name, such as ``"counter-000017"``.
-        setting: One of :data:`stethoscope.testbed.vocabulary.SETTINGS`.
-        objects: All annotated objects, at most one per category.
-        seed: Decides the backdrop, the blur and the noise.
-        noise: Standard deviation of the pixel noise, in grey levels.
-        mode: How it was sampled: ``prior``, ``counter`` or ``collage``.
+        id: stable and unique name, such as ``"counter-000017"``.
+        setting: one of ``vocabulary.SETTINGS``.
+        objects: all annotated objects, at most one per category.
+        seed: decides the backdrop, the blur and the noise.
+        noise: standard deviation of the pixel noise, in grey levels.
+        mode: how it was sampled: ``prior``, ``counter`` or ``collage``.
     """
 
     id: str
@@ -123,7 +123,7 @@ class Scene:
             id: name of the new scene.
 
         Raises:
-            ValueError: If no such object is visible.
+            ValueError: no such object is visible.
         """
         if category not in self.visible:
             raise ValueError(f"scene {self.id} shows no {category!r}, only {', '.join(self.visible)}")
@@ -160,16 +160,16 @@ def sample_scene(rng: random.Random, mode: str = "counter", *, id: str = "", uns
     """Draw one scene.
 
     Args:
-        rng: Source of all randomness.
+        rng: source of all randomness.
         mode: ``prior`` follows the co-occurrence priors; ``counter`` breaks them (an anchor is present, all its
             partners are missing, unrelated objects are mixed in); ``collage`` has none (7 to 11 objects of any
             category).
-        id: Name of the scene.
-        unseen_rate: Annotation noise: probability that an annotated object is not drawn, doubled if another object
+        id: name of the scene.
+        unseen_rate: annotation noise: probability that an annotated object is not drawn, doubled if another object
             predicts it. This teaches a model to name objects that it does not see.
 
     Raises:
-        ValueError: If ``mode`` is unknown.
+        ValueError: ``mode`` is unknown.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

@@ -26,12 +26,12 @@ class Pen:
     """Draws on a transparent square canvas; all coordinates are fractions of its side.
 
     Attributes:
-        main: The object's own colour (the one a caption may name).
-        rng: Source of the details that vary between two objects of one category.
+        main: the object's own colour (the one a caption may name).
+        rng: source of the details that vary between two objects of one category.
 
     Args:
-        main: The object's own colour, which is jittered.
-        rng: See the attribute.
+        main: the object's own colour, which is jittered.
+        rng: see the attribute.
     """
 
     def __init__(self, main: Colour, rng: random.Random) -> None:
@@ -92,9 +92,9 @@ def sprite(category: str, colour: str, seed: int) -> Image.Image:
     """Draw one object on a transparent canvas.
 
     Args:
-        category: One of :data:`stethoscope.testbed.vocabulary.CATEGORIES`.
-        colour: Name of its main colour; the first of the category where it does not come in this one.
-        seed: Decides details, mirroring and rotation.
+        category: one of ``vocabulary.CATEGORIES``.
+        colour: name of its main colour; the first of the category where it does not come in this one.
+        seed: decides details, mirroring and rotation.
 
     Returns:
         RGBA image of 64 x 64 pixels.

@@ -1,8 +1,8 @@
 """Define the categories of the testbed's scenes, their settings, and their co-occurrence priors.
 
 Scenes show 32 of the 80 COCO categories in six settings. Two tables hold the priors that a language model can learn and
-later mistake for evidence: how often a category occurs in a setting (:data:`SETTINGS`), and which categories co-occur
-(:data:`PAIR_BOOSTS`). A third one lists what an object is confused with when it is hard to see (:data:`ALIKE`).
+later mistake for evidence: how often a category occurs in a setting (``SETTINGS``), and which categories co-occur
+(``PAIR_BOOSTS``). A third one lists what an object is confused with when it is hard to see (``ALIKE``).
 """
 
 from __future__ import annotations
