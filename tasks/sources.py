@@ -83,16 +83,16 @@ def check_name(name: str) -> str:
 
 
 def check_positive(**settings: int) -> None:
-    """Check that settings are at least 1.
+    """Check that settings are whole numbers of at least 1.
 
     Raises:
-        ConfigError: one of them is smaller.
+        ConfigError: one of them is not.
 
     >>> check_positive(scenes=1)
     """
-    if min(settings.values()) < 1:
-        shown = " and ".join(f"task.{name}={value}" for name, value in settings.items())
-        raise ConfigError(f"{shown} must be at least 1")
+    for name, value in settings.items():
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"task.{name}={value!r} should be a whole number of at least 1")
 
 
 def check_unused(origins: dict[Any, str], id_: Hashable, origin: str, shown: str = "") -> None:

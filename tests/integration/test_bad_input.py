@@ -107,7 +107,7 @@ SETTINGS = [
     (["list", "modl"], "group"),
     (["evaluate", "limit=0"], "limit"),
     (["evaluate", "limit=many"], "whole number"),
-    (["evaluate", "task.scenes=0"], "per_scene"),
+    (["evaluate", "task.scenes=0"], "task.scenes=0"),
     (["evaluate", "task.subsets=[rare]"], "subset"),
     (["evaluate", "generation.max_new_tokens=0", "logger=none", "task.scenes=1"], "max_new_tokens"),
     (["evaluate", "generation=sample", "generation.top_p=2", "logger=none", "task.scenes=1"], "top_p"),
