@@ -25,6 +25,7 @@ from stethoscope.tasks.sources import (
     HubSource,
     SourceRow,
     check_choice,
+    check_flags,
     check_positive,
     scene_image,
     setting_path,
@@ -80,8 +81,11 @@ class Chair(Task):
             {"testbed": self._read_testbed, "files": self._read_files, "hub": self._read_hub},
             {"instances": (instances, "a COCO instances_*.json"), "images": (images, "a folder of images")},
         )
-        if not question.strip():
-            raise ConfigError("task.question is empty; the usual one is 'Please describe this image in detail.'")
+        if not isinstance(question, str) or not question.strip():
+            raise ConfigError(
+                f"task.question={question!r} should be a text; the usual one is 'Please describe this image in detail.'"
+            )
+        check_flags(drop_incomplete=drop_incomplete)
         check_positive(scenes=scenes)
         check_choice("scene_mode of chair", scene_mode, SCENE_MODES)
         if not (image_ids is None or isinstance(image_ids, (str, list, tuple))):

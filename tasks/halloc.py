@@ -21,7 +21,7 @@ from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.tasks.base import Metric, Task, Totals
 from stethoscope.tasks.counts import ratio, share, total
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.sources import check_paths, check_unused, setting_path
+from stethoscope.tasks.sources import check_flags, check_paths, check_unused, setting_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,10 +136,11 @@ class HalLoc(GivenAnswers):
         """Store and check the settings; ``conf/task/halloc.yaml`` explains every argument.
 
         Raises:
-            ConfigError: no file or no folder.
+            ConfigError: no file or no folder, or ``text_only`` is neither true nor false.
         """
         paths = {"file": (file, "a JSON-lines file"), "images": (images, "the folder of its images")}
         check_paths("halloc", paths)
+        check_flags(text_only=text_only)
         self.file, self.images, self.text_only = file, images, text_only
         self._samples: list[Sample] = []
 

@@ -17,7 +17,7 @@ from stethoscope.tasks.annotations import image_id
 from stethoscope.tasks.halloc import GROUNDED, UNKNOWN_LABEL, WORD, GivenAnswers, LabelledSpan
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.questions import parsed_cell, question_text
-from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, setting_path
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_flags, setting_path
 
 KEYS = ("question", "response", "annotations")
 HALLUCINATED = "hallucinated"
@@ -55,6 +55,7 @@ class MHalDetect(GivenAnswers):
         """
         paths = {"file": (file, "val_raw.json or train_raw.json"), "images": (images, "the folder val2014 of COCO")}
         self.data = DataSource("mhal_detect", source, {"files": self._read_files, "hub": self._read_hub}, paths)
+        check_flags(text_only=text_only)
         self.source, self.text_only, self.file, self.images = source, text_only, file, images
         self.hub = HubSource(dataset, split, revision, local_files_only)
         self._samples: list[Sample] = []

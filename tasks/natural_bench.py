@@ -18,7 +18,7 @@ from stethoscope.tasks.annotations import TableImages, read_table
 from stethoscope.tasks.base import Metric
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.questions import ACCURACY, QuestionTask, asked_object, question_text, set_share
-from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, setting_path
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_flags, setting_path
 
 SUFFIXES = {
     "yes_no": "Please answer Yes or No.",
@@ -69,6 +69,7 @@ class NaturalBench(QuestionTask):
         super().__init__(
             DataSource("natural_bench", source, readers, {"file": (file, "the table NaturalBenchDataset.tsv")})
         )
+        check_flags(suffix=suffix)
         self.source, self.suffix, self.file, self.images = source, suffix, file, images
         self.hub = HubSource(dataset, split, revision, local_files_only, image="Image")
 

@@ -160,8 +160,8 @@ class YesNoTask(QuestionTask):
 # --- fields of a row --------------------------------------------------------------------------------------------------
 
 
-def with_suffix(question: str, suffix: str) -> str:
-    """Add a suffix, or the one of that name in ``SUFFIXES``, to a question.
+def with_suffix(question: str, suffix: str | None) -> str:
+    """Add a suffix, or the one of that name in ``SUFFIXES``, to a question; None adds nothing.
 
     A blank comes between words where the command line has lost it.
 
@@ -170,7 +170,7 @@ def with_suffix(question: str, suffix: str) -> str:
     >>> with_suffix("Is there a dog?", "lmms_eval")
     'Is there a dog?\\nAnswer the question using a single word or phrase.'
     """
-    suffix = SUFFIXES.get(suffix, suffix)
+    suffix = SUFFIXES.get(suffix or "", suffix or "")
     return question + (" " if suffix[:1].isalnum() else "") + suffix
 
 

@@ -95,6 +95,19 @@ def check_positive(**settings: int) -> None:
             raise ConfigError(f"task.{name}={value!r} should be a whole number of at least 1")
 
 
+def check_flags(**settings: bool) -> None:
+    """Check that settings are true or false; the text "false" would count as true.
+
+    Raises:
+        ConfigError: one of them is something else.
+
+    >>> check_flags(text_only=False)
+    """
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"task.{name}={value!r} should be true or false")
+
+
 def check_unused(origins: dict[Any, str], id_: Hashable, origin: str, shown: str = "") -> None:
     """Check that no earlier row has this id, and record where it is used.
 
@@ -201,6 +214,9 @@ class HubSource:
         local_files_only: use what the hub cache holds and never the network.
         folder: one folder of the data set's files, such as that of a configuration; empty for all of them.
         image: column of the images.
+
+    Raises:
+        ConfigError: ``local_files_only`` is neither true nor false.
     """
 
     dataset: str
@@ -209,6 +225,9 @@ class HubSource:
     local_files_only: bool = False
     folder: str = ""
     image: str = "image"
+
+    def __post_init__(self) -> None:
+        check_flags(local_files_only=self.local_files_only)
 
     def rows(
         self, columns: Iterable[str], image_name: Callable[[Mapping[str, Any]], str] | None

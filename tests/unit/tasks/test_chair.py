@@ -153,7 +153,9 @@ def test_wrong_settings_are_found_at_construction():
     for arguments, message in (
         ({"source": "testbet"}, "did you mean 'testbed'"),
         ({"source": "files"}, "needs task.instances"),
-        ({"question": " "}, "is empty"),
+        ({"question": " "}, "should be a text"),
+        ({"question": None}, "should be a text"),
+        ({"drop_incomplete": "no"}, "should be true or false"),
         ({"scenes": 0}, "at least 1"),
         ({"image_ids": 5}, "should be a list"),
         ({"image_count": 0}, "at least 1"),

@@ -124,6 +124,11 @@ def test_what_is_required(missing):
         HalLoc(**{"file": "a", "images": "b", missing: None})
 
 
+def test_the_text_false_is_refused_as_a_flag():
+    with pytest.raises(ConfigError, match=r"task\.text_only='false' should be true"):
+        HalLoc(file="a", images="b", text_only="false")
+
+
 @pytest.mark.parametrize(
     ("text", "spans", "answer", "expected"),
     [

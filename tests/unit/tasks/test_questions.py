@@ -634,6 +634,8 @@ def test_a_task_that_has_read_nothing_yet_tallies_the_same(name, request):
         (lambda: Beaf(edits=1.5), "task.edits=1.5 should be a whole number"),
         (lambda: Beaf(scenes=True), "task.scenes=True should be a whole number"),
         (lambda: Beaf(scenes="5"), "task.scenes='5' should be a whole number"),
+        (lambda: NaturalBench(suffix="no"), "task.suffix='no' should be true or false"),
+        (lambda: NaturalBench(local_files_only="false"), "task.local_files_only='false' should be true or false"),
         (lambda: Phd(file="x", images="y", modes=["ics"]), "unknown mode of phd 'ics'; did you mean 'icc'"),
         (lambda: HumbleBench(variant="noise"), "unknown variant of humble_bench 'noise'"),
     ],
