@@ -163,8 +163,8 @@ class Amber(Task):
         check_paths("amber", {"folder": (folder, data), "images": (images, "its images")})
         check_choice("parser of amber", parser, yes_no.PARSERS)
         check_choices("parts", "part of amber", parts, PARTS)
-        if not 0 < similarity <= 1:
-            raise ConfigError(f"task.similarity={similarity} should be above 0 and at most 1")
+        if not isinstance(similarity, (int, float)) or not 0 < similarity <= 1:
+            raise ConfigError(f"task.similarity={similarity!r} should be a number above 0 and at most 1")
         self.folder, self.images, self.parts, self.suffix = folder, images, parts, suffix
         self.parser, self.spacy, self.similarity = parser, spacy, similarity
         if "generative" not in parts:

@@ -259,11 +259,11 @@ class SaveHeatmaps(Callback):
             cells: largest number of cells along a map's longer side; maps of one tile with fewer are saved unchanged.
 
         Raises:
-            ConfigError: ``side`` or ``cells`` is below 1 or above ``MAX_SIDE``.
+            ConfigError: ``side`` or ``cells`` is no whole number from 1 to ``MAX_SIDE``.
         """
         for name, value in (("side", side), ("cells", cells)):
-            if not 1 <= value <= MAX_SIDE:
-                raise ConfigError(f"callbacks.maps.{name}={value} should be at least 1 and at most {MAX_SIDE}")
+            if type(value) is not int or not 1 <= value <= MAX_SIDE:
+                raise ConfigError(f"callbacks.maps.{name}={value!r} should be a whole number from 1 to {MAX_SIDE}")
         self.pictures, self.side, self.cells = pictures, side, cells
 
     def on_trace(self, run: RunState, sample: Sample, trace: Trace) -> None:

@@ -6,8 +6,9 @@ import pytest
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from rich.console import Console
 
+from stethoscope.core.errors import ConfigError
 from stethoscope.evaluation import callbacks
-from stethoscope.evaluation.callbacks import Callback, Progress, SampleTable, Timing
+from stethoscope.evaluation.callbacks import Callback, Progress, SampleTable, SaveHeatmaps, Timing
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.loggers.base import Logger
 
@@ -91,3 +92,9 @@ def test_sample_table_logs_the_first_answers_also_of_a_resumed_run(tmp_path):
     memory, adapter.fails = Memory(), set()
     Evaluator([SampleTable(3)], [memory], run_dir=tmp_path).run(adapter, TinyTask())
     assert [row["status"] for row in memory.tables["tiny/samples"]] == ["ok", "ok", "ok"]
+
+
+@pytest.mark.parametrize("settings", [{"side": 0}, {"cells": 1.5}, {"side": "large"}])
+def test_sizes_of_heat_maps_are_whole_numbers(settings):
+    with pytest.raises(ConfigError, match=f"callbacks.maps.{next(iter(settings))}="):
+        SaveHeatmaps(**settings)

@@ -167,6 +167,7 @@ def test_queries_may_lie_in_their_own_folder_as_published(folder, images):
         ({"parts": "generative"}, "should be a list"),
         ({"parser": "exakt"}, "did you mean 'exact'"),
         ({"similarity": 1.5}, "similarity=1.5"),
+        ({"similarity": "high"}, "similarity='high' should be a number"),
         ({"folder": None}, "task.folder"),
         ({"images": None}, "task.images"),
     ],
