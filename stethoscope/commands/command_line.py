@@ -327,7 +327,10 @@ def _read(text: str, start: int, stops: str) -> tuple[Part, int]:
 
 
 def _skip(text: str, start: int, blanks: str | None = None) -> int:
-    """Return the index of the first character at or after ``start`` that is no blank; None for all white space."""
+    """Return the index of the first character at or after ``start`` that is no blank.
+
+    ``blanks`` has the letters that count as such; None for all white space.
+    """
     return len(text) - len(text[start:].lstrip(blanks))
 
 

@@ -99,7 +99,9 @@ def profile_text(picture: Image) -> str:
 
 
 def read_profiles(texts: Sequence[object]) -> np.ndarray:
-    """Read profiles back, (texts, ``PROFILE_LENGTH``); rows of NaN where the text is missing or no profile.
+    """Read profiles back, (texts, ``PROFILE_LENGTH``).
+
+    Rows are NaN where the text is missing or no profile.
 
     >>> read_profiles(["", None]).shape[0], bool(np.isnan(read_profiles(["0.25 -1.5"])).all())
     (2, True)

@@ -66,7 +66,10 @@ def free_memory() -> None:
 
 @contextmanager
 def rare_collections(objects: int = 20_000) -> Iterator[None]:
-    """Look for unreachable objects after so many new ones, where none holds a tensor; Python does it after 700."""
+    """Look for unreachable objects less often within the block: after ``objects`` new ones, not 700.
+
+    Only for steps in which no unreachable object holds a tensor.
+    """
     thresholds = gc.get_threshold()
     gc.set_threshold(objects, *thresholds[1:])
     try:

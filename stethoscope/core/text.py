@@ -1,4 +1,4 @@
-"""Write text for people: numbers and names, and what is printed, without control characters or secrets."""
+"""Write text for people, and print it without control characters and secrets."""
 
 from __future__ import annotations
 
