@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -18,7 +19,6 @@ from stethoscope.commands.common import (
     loggers_of,
     report_failures,
     require_model,
-    run_dir,
 )
 from stethoscope.core.component import build
 from stethoscope.core.system import rank
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def run(config: DictConfig) -> None:
     """Run the whole job; errors of the configuration are raised before the model is loaded."""
     start = time.monotonic()
-    folder, shares = run_dir(config), fractions(config)
+    folder, shares = Path(config.run_dir), fractions(config)
     features = build(config.features, FeatureSet, "features", config.plugins)
     generation = build_generation(config, config.plugins)
 

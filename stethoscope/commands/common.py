@@ -48,11 +48,6 @@ def overrides() -> list[str]:
     return [unquoted(word) for word in HydraConfig.get().overrides.task]
 
 
-def run_dir(config: DictConfig) -> Path:
-    """Return the run directory; in a sweep, that of the job inside the sweep's folder."""
-    return Path(config.run_dir)
-
-
 def as_list(given: Any) -> list[Any]:
     """Convert a value to a list, also a single one that was given without brackets."""
     return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from stethoscope.adapters.base import Adapter
@@ -11,7 +13,6 @@ from stethoscope.commands.common import (
     check_answer_files,
     loggers_of,
     report_failures,
-    run_dir,
 )
 from stethoscope.core.component import build
 from stethoscope.core.system import rank
@@ -20,7 +21,7 @@ from stethoscope.tasks.base import Task
 
 def run(config: DictConfig) -> None:
     """Evaluate the model, store the run and print the task's table."""
-    folder = run_dir(config)
+    folder = Path(config.run_dir)
     generation = build_generation(config, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)
     task = build(config.task, Task, "task", config.plugins)

@@ -20,7 +20,6 @@ from stethoscope.commands.common import (
     make_callbacks,
     report_failures,
     require_model,
-    run_dir,
 )
 from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError, unknown
@@ -74,7 +73,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.report.metrics_tables import print_table
     from stethoscope.report.mitigation_table import compare_methods, method_tables
 
-    start, folder = time.monotonic(), run_dir(config)
+    start, folder = time.monotonic(), Path(config.run_dir)
     adapter = build(config.model, Adapter, "model", config.plugins)
     chair = build(config.chair, Task, "chair", config.plugins)
     pope = None if config.get("pope") is None else build(config.pope, Task, "pope", config.plugins)
@@ -139,7 +138,7 @@ def _job(config: DictConfig, method: str, folder: str) -> DictConfig:
     job = copy.deepcopy(config)
     with open_dict(job):
         job.mitigation = copy.deepcopy(config.mitigation[method])
-        job.run_dir = str(run_dir(config) / folder)
+        job.run_dir = str(Path(config.run_dir) / folder)
     return job
 
 
