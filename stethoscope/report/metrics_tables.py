@@ -171,7 +171,8 @@ def leaderboard_tables(results: DetectorResults, compact: bool = False) -> Itera
         if "auprc_hallucinated" in shown:
             shown["auprc_hallucinated"] += chance_level
         cells = tuple(
-            (row.name, row.kind, short_cost(row), *(row.metrics.get(metric) for metric in shown)) for row in rows
+            (row.name, row.kind, COSTS.get(row.cost, ""), *(row.metrics.get(metric) for metric in shown))
+            for row in rows
         )
         bold = frozenset(index for index, row in enumerate(rows) if row.kind == "detector")
         yield Table(title, ("", "kind", "cost", *shown.values()), cells, data if columns is RANKING else note, bold)
@@ -202,11 +203,6 @@ def _left_out(leaderboard: Leaderboard) -> str:
         f" Published detectors of one pass that are not here, for lack of their features: {names}; "
         "`stethoscope extract run=... features=everything` computes them, `stethoscope train` measures them."
     )
-
-
-def short_cost(row: LeaderboardRow) -> str:
-    """Label the most expensive cost class that a row reads; empty for baselines and rows without a cost."""
-    return COSTS.get(row.cost, "")
 
 
 def opponent(leaderboard: Leaderboard, difference: Difference) -> str:
