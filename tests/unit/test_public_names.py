@@ -56,7 +56,7 @@ def test_reprs_are_short(adapter, picture):
     ("call", "words"),
     [
         (lambda adapter, picture: adapter.generate(adapter.encode(picture, QUESTION)), "list of prompts, [prompt]"),
-        (lambda adapter, picture: adapter.generate(["a"]), "prompts as encode returns them, got str"),
+        (lambda adapter, picture: adapter.generate(["a"]), "should be one as encode returns it, got str"),
         (lambda adapter, picture: adapter.generate([], 5), "should be a Generation(max_new_tokens=...), got int"),
         (lambda adapter, picture: token_relevancy(adapter, picture, QUESTION, 5), "answer should be a text or an"),
         (lambda adapter, picture: adapter.encode(picture, 5), "question should be a text, got int"),
