@@ -51,6 +51,8 @@ def check_history(history: Any) -> tuple[tuple[str, str], ...]:
     >>> check_history([("Is there a dog?", "Yes.")])
     (('Is there a dog?', 'Yes.'),)
     """
+    if history == ():
+        return ()
     check_list("history", "a list of earlier turns, [(question, answer), ...]", history, Sequence)
     turns = []
     for number, turn in enumerate(history, 1):

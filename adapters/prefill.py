@@ -103,8 +103,10 @@ class Prefill:
             key = index if alone else (prompt.spans.length, prompt.spans.image, pixels)
             similar.setdefault(key, []).append(index)
         for group in similar.values():
-            needed = memory.attention_bytes(self._model, encoded[group[0]].spans.length)
-            size = min(max(1, SMALL_MAPS // needed), _TOGETHER)
+            size = len(group)
+            if size > 1:
+                needed = memory.attention_bytes(self._model, encoded[group[0]].spans.length)
+                size = min(max(1, SMALL_MAPS // needed), _TOGETHER)
             yield from (group[start : start + size] for start in range(0, len(group), size))
 
 

@@ -12,6 +12,7 @@ from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.token_table import FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, with_limit
 from stethoscope.features import FeatureSet
+from stethoscope.features.registry import TokenColumns
 from stethoscope.features.relevancy import image_tokens
 from stethoscope.storage.tokens import TokenRows
 from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
@@ -251,8 +252,8 @@ def token_rows(read: ReadAnswer, picture: str = "") -> pd.DataFrame:
     """
     encoded, answer, mentions, features = read
     sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
-    owners = answer.owners(mentions)
-    rows = TokenRows(sample, answer, owners, features.columns, encoded.text, picture, features.image_tokens)
+    owners, columns = answer.owners(mentions), TokenColumns.of(features.columns)
+    rows = TokenRows(sample, answer, owners, columns, encoded.text, picture, features.image_tokens)
     return rows.frame("diagnose")
 
 

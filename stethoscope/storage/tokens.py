@@ -62,7 +62,7 @@ class TokenRows(NamedTuple):
         sample: that was answered.
         answer: with T tokens.
         owners: T labelled mentions that the tokens belong to, see ``Answer.owners``; None for no mention.
-        features: (T,) values by name, stored as float32.
+        features: (T,) values by name.
         prompt: in the model's chat format; its digest tells prompts apart.
         picture: profile of the picture as text.
         image_tokens: of the picture as text (``pack_vectors``).
@@ -71,7 +71,7 @@ class TokenRows(NamedTuple):
     sample: Sample
     answer: Answer
     owners: Sequence[Mention | None]
-    features: Mapping[str, np.ndarray]
+    features: TokenColumns
     prompt: str = ""
     picture: str = ""
     image_tokens: str = ""
@@ -120,7 +120,7 @@ def token_tables(task: str, answers: Sequence[TokenRows], version: str = "") -> 
         answers: with their samples, mentions and features.
         version: of the task, which labelled the mentions.
     """
-    features = [TokenColumns.of(item.features) for item in answers]
+    features = [item.features for item in answers]
     if len({part.names for part in features}) > 1:
         return [token_tables(task, [item], version)[0] for item in answers]
     columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from stethoscope.testbed.drawing import SIZE, background
-from stethoscope.testbed.sprites import SLENDER, palette, silhouette, sprite
+from stethoscope.testbed.sprites import SLENDER, palette, silhouette, sprites
 from stethoscope.testbed.vocabulary import ALIKE, BIG, CATEGORIES, INDEX, SETTINGS, SMALL, boost, partners
 
 MODES = ("prior", "counter", "collage")
@@ -138,10 +138,16 @@ def _pixels(scene: Scene) -> bytes:
     """Render a scene to RGB bytes, row by row."""
     rng = random.Random(scene.seed)
     canvas = background(scene.setting, rng)
+    layers: list[tuple[SceneObject, str, float]] = []  # an object, the category that it is drawn as, and its opacity
     for item in scene._drawn():
-        _paint(canvas, item, item.category, (1 - item.haze) * (1 - item.doubt))
+        layers.append((item, item.category, (1 - item.haze) * (1 - item.doubt)))
         if item.alike:
-            _paint(canvas, item, item.alike, (1 - item.haze) * item.doubt)
+            layers.append((item, item.alike, (1 - item.haze) * item.doubt))
+    drawings = sprites([(category, item.colour, item.seed) for item, category, _ in layers])
+    for (item, _, opacity), drawing in zip(layers, drawings, strict=True):
+        stamp = _fit(drawing, item)
+        alpha = stamp.getchannel("A").point([round(level * opacity) for level in range(256)])
+        canvas.paste(stamp, (int(item.x), int(item.y)), alpha)
     if rng.random() < 0.3:
         canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
     pixels = np.asarray(canvas, np.float32) * rng.uniform(0.82, 1.12)
@@ -278,13 +284,6 @@ def _pixels_left(item: SceneObject, in_front: list[SceneObject]) -> float:
         )
         pixels -= max(width, 0) * max(height, 0)
     return pixels
-
-
-def _paint(canvas: Image.Image, item: SceneObject, category: str, opacity: float) -> None:
-    """Paint an object where it is, drawn as one of a category."""
-    stamp = _fit(sprite(category, item.colour, item.seed), item)
-    alpha = stamp.getchannel("A").point([round(level * opacity) for level in range(256)])
-    canvas.paste(stamp, (int(item.x), int(item.y)), alpha)
 
 
 def _fit(drawing: Image.Image, item: SceneObject) -> Image.Image:

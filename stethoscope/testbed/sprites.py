@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from PIL import Image, ImageDraw
 
@@ -88,23 +88,23 @@ def palette(category: str) -> tuple[str, ...]:
     return _DRAWINGS[category][0]
 
 
-def sprite(category: str, colour: str, seed: int) -> Image.Image:
-    """Draw one object on a transparent canvas.
+def sprites(objects: Iterable[tuple[str, str, int]]) -> list[Image.Image]:
+    """Draw objects, each on a transparent canvas of its own.
 
     Args:
-        category: one of ``vocabulary.CATEGORIES``.
-        colour: name of its main colour; the first of the category where it does not come in this one.
-        seed: decides details, mirroring and rotation.
+        objects: category, one of :data:`stethoscope.testbed.vocabulary.CATEGORIES`; name of its main colour, the first
+            of the category where it does not come in this one; and a seed, which decides details, mirroring and
+            rotation.
 
     Returns:
-        RGBA image of 64 x 64 pixels.
+        RGBA images of 64 x 64 pixels.
     """
-    image, angle = _upright(category, colour, seed)
-    return image.rotate(angle, Image.Resampling.BILINEAR)
+    upright = [_upright(*item) for item in objects]
+    return [image.rotate(angle, Image.Resampling.BILINEAR) for image, angle in upright]
 
 
 def silhouette(category: str, colour: str, seed: int) -> Image.Image:
-    """Return the alpha channel of ``sprite`` without rotating its colours, L, 64 x 64 pixels."""
+    """Return the alpha channel of a sprite without rotating its colours, L, 64 x 64 pixels."""
     image, angle = _upright(category, colour, seed)
     return image.getchannel("A").rotate(angle, Image.Resampling.BILINEAR)
 

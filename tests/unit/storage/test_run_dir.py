@@ -16,6 +16,7 @@ from stethoscope.core.token_table import KEY_COLUMNS
 from stethoscope.core.types import Answer, Mention, Score
 from stethoscope.evaluation.cost_meter import CostMeter
 from stethoscope.evaluation.evaluator import Evaluator
+from stethoscope.features.registry import TokenColumns
 from stethoscope.loggers.file_loggers import CsvLogger
 from stethoscope.storage import tokens as tokens_module
 from stethoscope.storage.records import Record
@@ -41,7 +42,7 @@ def record(number, **other):
 
 
 def rows(number, value=0.0, **other):
-    features = {"level": np.full(3, value), **other}
+    features = TokenColumns.of({"level": np.full(3, value), **other})
     return token_tables("tiny", [TokenRows(SAMPLES[number], ANSWER, ANSWER.owners(MENTIONS), features)])[0]
 
 
@@ -79,8 +80,9 @@ def test_the_token_table_has_the_key_columns_in_order_and_labels_of_the_covering
 
 
 def test_image_tokens_are_stored_once_and_come_back_in_all_rows_of_an_answer(store):
+    level = TokenColumns.of({"level": np.zeros(3)})
     for number, tokens in enumerate(("2 AAAAAAAA", "")):
-        item = TokenRows(SAMPLES[number], ANSWER, ANSWER.owners(MENTIONS), {"level": np.zeros(3)}, "", "", tokens)
+        item = TokenRows(SAMPLES[number], ANSWER, ANSWER.owners(MENTIONS), level, "", "", tokens)
         [table] = token_tables("tiny", [item])
         assert unpacked(table)["image_tokens"].to_pylist() == [tokens, "", ""]
         store.append([record(number)], {SAMPLES[number].id: table})
@@ -259,7 +261,7 @@ def test_a_run_that_is_not_there_is_named_with_its_neighbours(store):
 
 
 def test_rows_say_what_the_model_was_asked_and_who_labelled():
-    own = TokenRows(SAMPLES[0], ANSWER, ANSWER.owners(MENTIONS), {}, "USER: what? ASSISTANT:")
+    own = TokenRows(SAMPLES[0], ANSWER, ANSWER.owners(MENTIONS), TokenColumns.of({}), "USER: what? ASSISTANT:")
     table = own.frame("tiny", version="3")
     assert table["labeller"].unique().tolist() == ["tiny/3"]
     assert table["prompt_hash"].unique().tolist() == ["01a8723f63495759"]

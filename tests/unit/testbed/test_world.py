@@ -22,7 +22,7 @@ from stethoscope.testbed.scene import (
     sample_scene,
     scene_at,
 )
-from stethoscope.testbed.sprites import SLENDER, palette, silhouette, sprite
+from stethoscope.testbed.sprites import SLENDER, palette, silhouette, sprites
 from stethoscope.testbed.vocabulary import ALIKE, CATEGORIES, COCO_IDS, INDEX, NEVER_DRAWN, SETTINGS, partners
 
 
@@ -121,7 +121,7 @@ def test_doubtful_objects_look_somewhat_like_something_else(counter_scenes: list
 def test_every_category_has_a_drawing() -> None:
     for name in CATEGORIES:
         for colour in palette(name):
-            alpha = np.asarray(sprite(name, colour, 0))[..., 3]
+            alpha = np.asarray(sprites([(name, colour, 0)])[0])[..., 3]
             assert (alpha > SOLID).mean() > 0.1, name
             assert np.array_equal(alpha, silhouette(name, colour, 0)), name
 
