@@ -52,7 +52,7 @@ class NaturalBench(QuestionTask):
     def __init__(
         self,
         source: str = "hub",
-        suffix: bool = True,
+        suffix: bool | str = True,  # the command line takes every suffix for a text
         file: str | None = None,
         images: str | None = None,
         dataset: str = "BaiqiL/NaturalBench-lmms-eval",
@@ -69,6 +69,7 @@ class NaturalBench(QuestionTask):
         super().__init__(
             DataSource("natural_bench", source, readers, {"file": (file, "the table NaturalBenchDataset.tsv")})
         )
+        suffix = {"true": True, "false": False}.get(suffix, suffix) if isinstance(suffix, str) else suffix
         check_flags(suffix=suffix)
         self.source, self.suffix, self.file, self.images = source, suffix, file, images
         self.hub = HubSource(dataset, split, revision, local_files_only, image="Image")

@@ -95,7 +95,7 @@ def check_positive(**settings: int) -> None:
             raise ConfigError(f"task.{name}={value!r} should be a whole number of at least 1")
 
 
-def check_flags(**settings: bool) -> None:
+def check_flags(**settings: object) -> None:
     """Check that settings are true or false; the text "false" would count as true.
 
     Raises:

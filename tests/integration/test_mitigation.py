@@ -149,7 +149,10 @@ def test_a_detector_is_needed(stethoscope):
     [
         (["mitigation=vcd", "generation=beam"], "mitigation=vcd goes with greedy decoding and sampling"),
         (["mitigation=cut", "mitigation.beta=3"], "mitigation.beta=3 should be a number from 0 to 1"),
-        (["mitigation=rerank", "mitigation.candidates=1"], "mitigation.candidates=1 should be a number of at least 2"),
+        (
+            ["mitigation=rerank", "mitigation.candidates=1"],
+            "mitigation.candidates=1 should be a whole number of at least 2",
+        ),
         (["mitigation=rerank", "mitigation.candidates=2.5"], "mitigation.candidates=2.5 should be a whole number"),
         (["mitigation=rerank", "mitigation.detector=nowhere"], "nowhere is no directory"),
         (["mitigation=opera"], "opera"),

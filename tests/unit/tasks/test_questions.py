@@ -645,6 +645,11 @@ def test_wrong_settings(build, message):
         build()
 
 
+@pytest.mark.parametrize(("given", "expected"), [("false", False), ("true", True), (False, False)])
+def test_the_suffix_of_natural_bench_is_a_flag_on_the_command_line_too(given, expected):
+    assert NaturalBench(suffix=given).suffix is expected
+
+
 def dumped(path, value):
     path.write_text(json.dumps(value) if not isinstance(value, str) else value)
 
