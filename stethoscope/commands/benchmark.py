@@ -61,7 +61,7 @@ def run(config: DictConfig) -> None:
     for task in tasks:
         task.setup()
     store = RunStore(folder)
-    if any(item.plugin for item in features.features) and chair.name not in store.status():
+    if features.plugins and chair.name not in store.status():
         adapter.setup()
         try_features(adapter, chair, features, generation)  # POPE may take hours, and features come after it
     with loggers_of(config) as loggers:

@@ -136,6 +136,7 @@ def run(config: DictConfig) -> None:
     With ``warn``, a saved detector is applied too.
     """
     from stethoscope.detection.lookup import load_detector
+    from stethoscope.evaluation.edit_answers import try_features
     from stethoscope.evaluation.evaluator import Evaluator
 
     folder = Path(config.run)
@@ -152,10 +153,15 @@ def run(config: DictConfig) -> None:
     require_model(adapter, "extract")
     if detector is not None:
         _check_detector(detector, features, config.warn, folder, task.name)
+    generation = build_generation(saved, plugins)
+    if features.plugins:  # before the token rows of other features are replaced
+        task.setup()
+        adapter.setup()
+        try_features(adapter, task, features, generation)
     results = Evaluator(
         callbacks=make_callbacks(config.callbacks, plugins),
         **{key: saved[key] for key in SAVED},
-        generation=build_generation(saved, plugins),
+        generation=generation,
         features=features,
         trace=config.trace,
         run_dir=folder,

@@ -296,6 +296,11 @@ class FeatureSet:
         return tuple(item.name for item in self.features)
 
     @property
+    def plugins(self) -> list[str]:
+        """Names of the features that plug-ins define."""
+        return [item.name for item in self.features if item.plugin]
+
+    @property
     def cost(self) -> str:
         """Most expensive cost class among the features."""
         return max((item.cost for item in self.features), key=COST_CLASSES.index, default=FORWARD)

@@ -114,21 +114,27 @@ def test_what_is_wrong_with_it_is_said_in_a_line(mine, stethoscope):
         ("summed", "trace.logits.sum(0)", "first dimension should be the tokens"),
     ],
 )
-def test_a_feature_that_fails_is_named_before_questions_are_asked(
-    stethoscope, tmp_path, monkeypatch, name, value, error
+def test_a_feature_that_fails_is_named_before_anything_is_asked_or_replaced(
+    stethoscope, copy, tmp_path, monkeypatch, name, value, error
 ):
     lines = [f"@feature('{name}', 'depends')", f"def {name}(trace):", "    'Read what it has not asked for.'"]
     imports = "from stethoscope.features import feature\n\n"
     (tmp_path / f"{name}_features.py").write_text(imports + "\n".join([*lines, f"    return {value}\n"]))
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = [f"plugins=[{name}_features]", f"features.groups=[{name}]", "name=own", "logger=none", "limit=2"]
+    words = [f"plugins=[{name}_features]", f"features.groups=[{name}]"]
+    state = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
     try:
-        line = stethoscope("benchmark", *words)
+        lines = [
+            stethoscope("benchmark", *words, "name=own", "logger=none", "limit=2"),
+            stethoscope("extract", *words, f"run={copy}"),
+        ]
     finally:
         FEATURES.pop(name, None)
-    assert f"feature '{name}' of {name}_features " in line
-    assert error in line
+    for line in lines:
+        assert f"feature '{name}' of {name}_features " in line
+        assert error in line
     assert not Path("runs/own").exists()
+    assert state == {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}  # the token table is there
 
 
 def test_only_a_yaml_for_a_class_of_transformers(mine, stethoscope, tmp_path):
