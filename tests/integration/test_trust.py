@@ -127,7 +127,7 @@ def test_a_sweep_believes_the_plugins_of_its_jobs_command_lines(finished, copy, 
     (copy / "config.yaml").write_text(config.replace("plugins: []", "plugins: [pandas]"))
     believed = []
 
-    def made(store, name, plugins, offline):
+    def made(store, name, plugins):
         believed.append(plugins)
         return {"chair": Chair, "pope": Pope}[name]()
 
