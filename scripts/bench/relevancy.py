@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,6 @@ from field import Clock, Inputs, Model, expected, frozen, one_pass, published
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from stethoscope.core.system import peak_memory, reset_peak_memory
 from stethoscope.relevancy import relevancy_from_inputs
 
 IMAGE_TOKEN, VOCABULARY, PATCH = 5, 2000, 14
@@ -134,23 +134,34 @@ def ours(model: Model, inputs: Inputs, answer: list[int], tokens: int, **options
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _resident() -> int:
-    """Read the resident size of this process, in bytes; 0 where the system does not tell."""
+def _memory(name: str) -> int:
+    """Read a line of /proc/self/status, in bytes; 0 where there is none."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def peak(call: Callable[[], Any], device: str) -> int:
-    """Measure the bytes at the peak of a call beyond those before it."""
+    """Measure the bytes at the peak of a call beyond those before it.
+
+    Nothing of the package is imported for it: ``against.py`` measures old checkouts with this file.
+    """
+    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
-    reset_peak_memory()
-    before = torch.cuda.memory_allocated() if device == "cuda" else _resident()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")  # resets the peak
+    before = _memory("VmRSS")
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (peak_memory() or 0) - before
+    return _memory("VmHWM") - before
 
 
 @dataclass(frozen=True)
