@@ -195,6 +195,12 @@ def test_what_evaluate_loads_before_the_model_is_light():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("script", ["relevancy.py", "field.py"])
+def test_a_benchmark_that_also_measures_old_checkouts_imports_what_all_of_them_have(script):
+    """``against.py`` runs these files with the package of another commit."""
+    assert set(imports(ROOT / "scripts" / "bench" / script)) <= {"relevancy.relevancy_from_inputs"}
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "features"]], ids=" ".join)
 def test_light_commands_import_no_torch_and_answer_at_once(arguments):
     script = (
