@@ -175,8 +175,8 @@ def test_other_families_are_asked_too(family, prompt):
     both = []
     for picture in (PICTURE, PICTURE.point(lambda value: 255 - value)):
         encoded = adapter.encode(picture, "What is there?")
-        stored = adapter._tracer._contrasts._hidden_images
-        stored._caches.values.clear()  # so that nothing is taken from the other picture
+        stored = adapter._tracer._contrasts._hidden_image_states
+        stored._values.values.clear()  # so that nothing is taken from the other picture
         both.append(
             features.compute(trace_answers(adapter, [encoded], [answer], features.requires, [picture], [[mention]])[0])
         )
