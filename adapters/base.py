@@ -51,7 +51,7 @@ def check_history(history: Any) -> tuple[tuple[str, str], ...]:
     >>> check_history([("Is there a dog?", "Yes.")])
     (('Is there a dog?', 'Yes.'),)
     """
-    if history == ():
+    if isinstance(history, tuple) and not history:
         return ()
     check_list("history", "a list of earlier turns, [(question, answer), ...]", history, Sequence)
     turns = []

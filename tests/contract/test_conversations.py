@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -182,6 +183,7 @@ def test_a_chat_template_that_drops_turns_is_one_for_single_questions():
     [
         ("before", r"history should be a list of earlier turns, \[\(question, answer\), ...\], got str"),
         (5, "history should be a list of earlier turns.*got int"),
+        (np.array([["Is it?", "Yes."]]), "history should be a list of earlier turns.*got ndarray"),
         (["What?"], r"turn 1 of the history should be a pair \(question, answer\), got 'What\?'"),
         ([("a?", "b"), ("What?",)], "turn 2 of the history should be a pair"),
         ([("What?", None)], "the answer of turn 1 of the history should be a text, got NoneType"),
