@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from stethoscope.core.component import with_checked_kinds
 from stethoscope.core.types import Answer, Mention, Sample, Score
 
 Totals = Mapping[str, np.ndarray]
@@ -59,6 +60,12 @@ class Task(ABC):
         "local_files_only",
     )  # fmt: skip
     reads_tokens: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let the constructor refuse arguments of wrong kinds, whether a configuration gives them or Python code."""
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = with_checked_kinds(cls.__init__, "task")  # type: ignore[method-assign]
 
     def setup(self) -> None:  # noqa: B027  (a task that needs no files need not override it)
         """Read what ``samples`` needs; called before anything else, does nothing the second time.

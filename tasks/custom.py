@@ -36,7 +36,7 @@ class Custom(Task):
     def __init__(
         self,
         kind: str = "free",
-        name: str = "custom",
+        name: str | int = "custom",
         file: str | None = None,
         images: str | None = None,
         question: str | None = None,

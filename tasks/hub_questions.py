@@ -36,7 +36,7 @@ class HubQuestions(QuestionTask):
 
     def __init__(
         self,
-        name: str,
+        name: str | int,
         parser: str,
         suffix: str,
         max_new_tokens: int,
@@ -106,7 +106,7 @@ class HubYesNo(HubQuestions, YesNoTask):
 
     def __init__(
         self,
-        name: str = "hub_yes_no",
+        name: str | int = "hub_yes_no",
         dataset: str | None = None,
         folder: str = "",
         split: str = "test",
@@ -157,7 +157,7 @@ class HubChoice(HubQuestions):
 
     def __init__(
         self,
-        name: str = "hub_choice",
+        name: str | int = "hub_choice",
         dataset: str | None = None,
         folder: str = "",
         split: str = "test",

@@ -129,7 +129,7 @@ class Pope(Task):
         split: str = "test",
         revision: str | None = None,
         local_files_only: bool = False,
-        name: str = "pope",
+        name: str | int = "pope",
     ) -> None:
         """Store and check the settings; ``conf/task/pope.yaml`` explains every argument.
 

@@ -71,7 +71,7 @@ def check_choices(setting: str, kind: str, values: Sequence[str], known: Collect
         check_choice(kind, value, known)
 
 
-def check_name(name: str) -> str:
+def check_name(name: str | int) -> str:
     """Return the name of a task, which also names files.
 
     Raises:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 
@@ -151,44 +152,74 @@ def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugi
     for path in _special_keys(plain_values, key):
         raise ConfigError(f"{path}: only {key} itself names a class, its settings are plain values given by name")
     cls = import_class(plain[TARGET], base, f"{key}.{TARGET}", plugins)
+    check_kinds(inspect.signature(cls.__init__).parameters, settings, key, NUMBERS)
     try:
-        component = cls(**settings)
+        return cls(**settings)
     except StethoscopeError:
         raise
     except Exception as error:  # wrong names and types make constructors raise anything
-        _check_numbers(cls, settings, key)
         raise ConfigError(f"{key}: {plain[TARGET]} cannot be made: {_reason(error)}") from error
-    _check_numbers(cls, settings, key)
-    return component
 
 
-NUMBERS: dict[Any, tuple[tuple[type, ...], str]] = {
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    bool: ((bool,), "true or false"),
+NUMBERS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (lambda value: type(value) is int, "a whole number"),
+    "float": (lambda value: type(value) in (int, float), "a number"),
+    "bool": (lambda value: type(value) is bool, "true or false"),
 }
-"""By the annotation of an argument the types that its setting may have, and what they are called."""
+"""By the annotation of an argument what its setting may be: a test, and what is asked for."""
+KINDS = {
+    **NUMBERS,
+    "str": (lambda value: isinstance(value, (str, os.PathLike)), "a text"),
+    "Sequence": (lambda value: isinstance(value, Sequence) and not isinstance(value, (str, bytes)), "a list"),
+}
+"""``NUMBERS``, texts and lists."""
 
 
-def _check_numbers(cls: type, settings: Mapping[str, Any], key: str) -> None:
-    """Check the settings whose arguments are annotated as numbers or as true or false.
+def check_kinds(
+    parameters: Mapping[str, inspect.Parameter],
+    settings: Mapping[str, Any],
+    key: str,
+    kinds: Mapping[str, tuple[Callable[[Any], bool], str]] = KINDS,
+) -> None:
+    """Check settings by the annotations of the arguments that they are for.
+
+    Annotations are compared as text: they may name what is imported for type checkers alone. Those that name several
+    kinds beside None, or another one, are left to the constructor.
+
+    Args:
+        parameters: arguments by name, as ``inspect.signature`` gives them.
+        settings: values by name.
+        key: path of the node that holds the settings, for messages.
+        kinds: as ``NUMBERS``.
 
     Raises:
-        ConfigError: one is something else.
+        ConfigError: a setting is of another kind.
+
+    >>> def cut(text: str, limit: int | None = None): ...
+    >>> check_kinds(inspect.signature(cut).parameters, {"text": "a dog", "limit": 2}, "task")
     """
-    try:
-        parameters = inspect.signature(cls, eval_str=True).parameters
-    except Exception:  # annotations may name what is imported for type checkers alone
-        return
     for name, value in settings.items():
-        hint = parameters[name].annotation if name in parameters else None
-        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        expected = next((option for option in options if option in NUMBERS), None)
-        if expected is None or not {*options} <= {*NUMBERS, type(None)}:
+        hint = parameters[name].annotation if name in parameters else ""
+        text = hint if isinstance(hint, str) else inspect.formatannotation(hint)
+        options = {option.strip().partition("[")[0] for option in text.split("|")}
+        [kind, *others] = options - {"None"} or {""}
+        if others or kind not in kinds or (value is None and "None" in options):
             continue
-        types, description = NUMBERS[expected]
-        if type(value) not in (*types, *({type(None)} & {*options})):
+        matches, description = kinds[kind]
+        if not matches(value):
             raise ConfigError(f"{key}.{name}={_SHORT.repr(value)} should be {description}")
+
+
+def with_checked_kinds(init: Callable[..., None], key: str) -> Callable[..., None]:
+    """Return a constructor that refuses arguments of other kinds than its annotations name, see ``check_kinds``."""
+    parameters = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(*args: Any, **settings: Any) -> None:
+        check_kinds(parameters, {**dict(zip(parameters, args, strict=False)), **settings}, key)
+        init(*args, **settings)
+
+    return checked
 
 
 def _special_keys(node: Any, path: str) -> Iterator[str]:

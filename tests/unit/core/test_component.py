@@ -154,6 +154,19 @@ def test_numbers_that_may_be_null_or_whole():
     assert build({"_target_": "stethoscope.evaluation.callbacks.Progress", "every": 3}, object, "task").every == 3
 
 
+def test_an_argument_for_type_checkers_alone_leaves_the_others_checked(monkeypatch, tmp_path):
+    (tmp_path / "half_readable.py").write_text(
+        "from __future__ import annotations\n"
+        "class Options:\n"
+        "    def __init__(self, shape: Unknown = None, every: int | None = None): self.made = (shape, every)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    node = {"_target_": "half_readable.Options", "shape": "round"}
+    assert build({**node, "every": 3}, object, "task", ["half_readable"]).made == ("round", 3)
+    with pytest.raises(ConfigError, match=r"task.every='3' should be a whole number"):
+        build({**node, "every": "3"}, object, "task", ["half_readable"])
+
+
 def test_a_package_that_python_does_not_find_is_told_how_to_be_found(monkeypatch, tmp_path):
     for make in (
         lambda: import_plugins(["nowhere_to_be_found"]),

@@ -13,6 +13,9 @@ from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Answer
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.tasks.base import Tally, Task
+from stethoscope.tasks.chair import Chair
+from stethoscope.tasks.custom import Custom
+from stethoscope.tasks.pope import Pope
 
 
 class Reader(TinyAdapter):
@@ -169,3 +172,44 @@ def test_the_parser_stands_below_the_figures(name, settings, parser):
 
 def test_a_task_without_a_parser_has_no_note():
     assert build({**whole_config("custom"), **REQUIRED["custom"]}, Task, "task").notes([]) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scene_seed": "one"}, "task.scene_seed='one' should be a whole number"),
+        ({"scene_seed": True}, "task.scene_seed=True should be a whole number"),
+        ({"source": ["hub"]}, r"task.source=\['hub'\] should be a text"),
+        ({"suffix": 3}, "task.suffix=3 should be a text"),
+        ({"subsets": 2.5}, "task.subsets=2.5 should be a list"),
+        ({"filename": None}, "task.filename=None should be a text"),
+    ],
+)
+def test_wrong_kinds_are_refused_in_python_as_in_a_configuration(settings, message):
+    cls = Chair if "scene_seed" in settings else Pope
+    node = {"_target_": f"{cls.__module__}.{cls.__name__}", **settings}
+    for make in (lambda: cls(**settings), lambda: build(node, Task, "task")):
+        with pytest.raises(ConfigError, match=message):
+            make()
+
+
+def test_arguments_by_position_and_of_a_base_class_are_checked_too():
+    class Base(TinyTask):
+        def __init__(self, title: str, limit: int | None = None) -> None:
+            self.title, self.limit = title, limit
+
+    class Derived(Base):
+        def __init__(self, title: str | int, *, limit: "Annotation" = 1) -> None:  # noqa: F821  (for type checkers alone)
+            super().__init__(str(title), limit)
+
+    assert (Derived(7).title, Base("a").limit, Base(title="a", limit=2).limit) == ("7", None, 2)
+    for make in (lambda: Base("a", 1.5), lambda: Derived("a", limit="1.5")):
+        with pytest.raises(ConfigError, match=r"task.limit='?1.5'? should be a whole number"):
+            make()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such'"):
+        Derived("a", no_such=1)
+
+
+def test_a_task_still_takes_paths_and_numbers_as_names(tmp_path):
+    task = Custom(file=tmp_path / "rows.jsonl", name=2024)
+    assert (task.name, str(task.file)) == ("2024", str(tmp_path / "rows.jsonl"))
