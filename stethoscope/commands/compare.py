@@ -9,7 +9,7 @@ from pathlib import Path
 from stethoscope.commands.common import parse, true_or_false
 from stethoscope.core.component import package_names
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.core.files import writing_out
+from stethoscope.core.files import check_out, writing_out
 from stethoscope.report.tables import FORMATS, render_tables
 from stethoscope.storage.reuse import local_run
 from stethoscope.storage.run_dir import saved_task
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     if len(folders) < 2:
         given = f"; {folders[0]} is one" if folders else ""
         raise ConfigError(f"stethoscope compare takes two runs or more, or a folder of runs{given}")
+    if settings["out"]:
+        check_out(settings["out"], is_file=True)
     plugins = package_names(settings["plugins"])
     sources = [RunReader.read(folder) for folder in folders]
     with readable(" or ".join(map(str, folders[:4]))):
@@ -66,7 +68,6 @@ def main(arguments: Sequence[str]) -> None:
             text = render_tables(tables, settings["format"])
     if settings["out"]:
         with writing_out(settings["out"]):
-            Path(settings["out"]).parent.mkdir(parents=True, exist_ok=True)
             Path(settings["out"]).write_text(text, encoding="utf-8", errors="backslashreplace")
         print(settings["out"])
     else:

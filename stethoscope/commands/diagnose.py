@@ -14,7 +14,7 @@ from stethoscope.adapters.base import Adapter, check_history
 from stethoscope.commands.common import build_generation, require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.core.files import atomic_write, read_json, write_json, writing_out
+from stethoscope.core.files import atomic_write, check_out, read_json, write_json, writing_out
 from stethoscope.core.text import console, counted, percent, visible
 from stethoscope.core.types import ImageRef
 from stethoscope.diagnosis import diagnose
@@ -62,6 +62,7 @@ def run(config: DictConfig) -> None:
     setting = parse_setting(config.detector.folder)
     adapter = build(config.model, Adapter, "model", config.plugins)
     require_model(adapter, "diagnose")
+    check_out(config.out)
     if setting == AUTO:
         adapter.setup()
         folders = bundled_detectors(adapter)

@@ -9,7 +9,7 @@ from pathlib import Path
 from stethoscope.commands.common import parse, picture_loader, true_or_false
 from stethoscope.core.component import import_plugins, package_names
 from stethoscope.core.errors import ConfigError
-from stethoscope.core.files import atomic_write, writing_out
+from stethoscope.core.files import atomic_write, check_out, writing_out
 from stethoscope.storage.reuse import is_address, local_run
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str]) -> None:
     if is_address(runs[0]) and not settings["out"]:
         raise ConfigError(f"the report of {runs[0]} needs a folder of this machine: out=FOLDER")
     source = RunReader.read(local_run(runs[0]))
+    folder = Path(settings["out"]) if settings["out"] else source.folder
+    check_out(folder)
     plugins = package_names(settings["plugins"])
     import_plugins(plugins)
     missing = "the gallery has no pictures"
@@ -55,9 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     with readable(source.folder):
         report = collect_report(source, int(settings["cases"]), picture)
         written = {"report.html": report.html(), "report.md": report.markdown(), "report.tex": report.latex()}
-    folder = Path(settings["out"]) if settings["out"] else source.folder
     with writing_out(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in written.items():
             atomic_write(folder / name, text)
     if source.no_detector():

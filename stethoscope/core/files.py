@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -64,6 +65,26 @@ def writing_out(out: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written to: {error.strerror or error}") from None
+
+
+def check_out(out: str | os.PathLike, is_file: bool = False) -> None:
+    """Check that something can be written to ``out`` before time is spent on it; missing folders are made.
+
+    Args:
+        out: folder to write files to, or a file.
+        is_file: whether it is a file.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    path = Path(out)
+    folder = path.parent if is_file else path
+    with writing_out(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (is_file and path.exists()):  # the folder of a file that is there need not be writable: /dev/stdout
+            tempfile.TemporaryFile(dir=folder).close()
+        elif path.is_dir() or not os.access(path, os.W_OK):
+            raise OSError("it is a folder" if path.is_dir() else "no permission")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
-from stethoscope.core.files import jsonable, read_json, writing_out
+from stethoscope.core.files import check_out, jsonable, read_json, writing_out
 from stethoscope.core.redaction import hide_paths, redact, redact_text
 from stethoscope.core.types import Answer
 from stethoscope.storage.run_dir import REMEDIES
@@ -390,6 +390,6 @@ def export(run: RunExport, target: str, folder: Path) -> list[Path]:
     if not run.tasks:
         raise ArtefactError(f"{run.source.folder} has no task to export")
     module = importlib.import_module(f"stethoscope.report.{EXPORTERS[target]}")
+    check_out(folder)
     with writing_out(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         return getattr(module, f"write_{target}")(run, folder)

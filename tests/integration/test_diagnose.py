@@ -182,7 +182,7 @@ def test_another_model_and_the_other_scope(stethoscope, tmp_path):
         (["extraction=stethoscope.tasks.chair.nothing"], "cannot be imported"),
         (["model=testbet"], "did you mean 'testbed'?"),
         (["imagee=a.png"], "did you mean 'image'?"),
-        (["out=file/inside"], "out=file/inside cannot be written to"),
+        (["out=file/inside", "answer="], "out=file/inside cannot be written to"),  # before the model is asked
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

@@ -64,6 +64,23 @@ def test_a_report_says_what_metrics_json_says(finished, tmp_path, stethoscope):
         assert name.lower() in words.lower()
 
 
+def test_where_nothing_can_be_written_nothing_is_computed(finished, tmp_path, stethoscope, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("computed before out= was checked")
+
+    for name in ("run_report.collect_report", "compare.compare", "every_eval_ever.write_every_eval_ever"):
+        monkeypatch.setattr(f"stethoscope.report.{name}", refuse)
+    (tmp_path / "file").touch()
+    runs = (finished / "greedy", finished / "sampled")
+    for command, out in (
+        (("report", runs[0]), "file/inside"),
+        (("compare", *runs), "file/inside"),
+        (("compare", *runs), "."),
+        (("export", f"run={runs[0]}", "to=every_eval_ever"), "file/inside"),
+    ):
+        assert f"out={out} cannot be written to" in stethoscope(*command, f"out={out}")
+
+
 def test_the_page_needs_no_network_and_shows_pictures(finished, tmp_path, stethoscope):
     stethoscope("report", finished / "greedy", "out=made", code=0)
     page = Page((tmp_path / "made" / "report.html").read_text())

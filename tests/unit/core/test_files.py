@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stethoscope.core import files
-from stethoscope.core.errors import ArtefactError
+from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.types import Generation
 
 
@@ -37,6 +37,19 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(path, float("nan"))
     assert path.read_bytes() == b"new \\ud800"
+
+
+def test_where_files_may_go(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    files.check_out(tmp_path / "new" / "folder")
+    files.check_out(tmp_path / "other" / "a.md", is_file=True)
+    files.check_out(str(tmp_path / "file"), is_file=True)
+    files.check_out("/dev/null", is_file=True)
+    assert (tmp_path / "file").read_text() == "kept"
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["file", "new", "folder", "other"]
+    for out, is_file in (("file", False), ("file/a", False), ("file/a", True), ("new", True)):
+        with pytest.raises(ConfigError, match=f"out=.*{out} cannot be written to: "):
+            files.check_out(tmp_path / out, is_file)
 
 
 def test_leftovers_of_a_killed_process_do_no_harm_and_are_removed(tmp_path):
