@@ -94,6 +94,7 @@ class Leaderboard:
         controls: the data of the controlled AUROCs by metric: ``pairs`` that are compared, ``items`` (mentions) in
             one of them, and their ``share``.
         skipped: features without any value in the training fold.
+        constant: features with one value in the whole training fold, of which nothing can be learned.
         left_out: published detectors of the same forward pass that were not measured, for lack of their features.
     """
 
@@ -102,6 +103,7 @@ class Leaderboard:
     best_features: Mapping[str, str]
     controls: Mapping[str, Mapping[str, float]]
     skipped: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
     best_published: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
@@ -118,6 +120,7 @@ class Leaderboard:
             "best_published": dict(self.best_published),
             "controls": {metric: dict(control) for metric, control in self.controls.items()},
             "skipped_features": list(self.skipped),
+            "constant_features": list(self.constant),
             "left_out": list(self.left_out),
             "columns": METRICS,
         }
@@ -131,6 +134,7 @@ class Leaderboard:
             best_features=section["best_features"],
             controls=section["controls"],
             skipped=tuple(section.get("skipped_features", ())),
+            constant=tuple(section.get("constant_features", ())),
             best_published=section.get("best_published", {}),
             left_out=tuple(section.get("left_out", ())),
         )

@@ -31,19 +31,17 @@ KINDS = ("detector", "published", "baseline", "feature")  # of rows, in their or
 
 def _single_features(
     train: pd.DataFrame, test: pd.DataFrame, names: Sequence[str]
-) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, str], tuple[str, ...]]:
+) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, str]]:
     """Orient features as scores and fill gaps with the median, both by the training fold alone.
 
     Returns:
-        Test scores by name (by falling training AUROC), signs, the best feature by metric of ``AREAS``, and features
-        without any value.
+        Test scores by name (by falling training AUROC), signs, and the best feature by metric of ``AREAS``.
     """
     mentions = LabelledMentions.of(train)
     train_matrix, test_matrix = feature_matrix(train, names), feature_matrix(test, names)
-    skipped = tuple(name for name, column in zip(names, train_matrix.T, strict=True) if np.isnan(column).all())
     scores, signs, areas_by_name = {}, {}, {}
     for name, train_values, test_values in zip(names, train_matrix.T, test_matrix.T, strict=True):
-        if name in skipped:
+        if np.isnan(train_values).all():
             continue
         median = np.nanmedian(train_values)
         train_values = np.nan_to_num(train_values, nan=median)
@@ -55,7 +53,14 @@ def _single_features(
     order = sorted(scores, key=lambda name: -areas_by_name[name][0])
     best = {metric: max(order, key=lambda name: areas_by_name[name][i]) for i, metric in enumerate(AREAS) if order}
     selected = [name for i, name in enumerate(order) if i < MAX_FEATURES or name in best.values()]
-    return {name: scores[name] for name in selected}, signs, best, skipped
+    return {name: scores[name] for name in selected}, signs, best
+
+
+def _uninformative(train: pd.DataFrame, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the features without any value, and those with one value and no gap."""
+    columns = dict(zip(names, feature_matrix(train, names).T, strict=True))
+    empty = tuple(name for name, values in columns.items() if np.isnan(values).all())
+    return empty, tuple(name for name, values in columns.items() if (values == values[:1]).all())
 
 
 def shuffled_predictions(
@@ -134,7 +139,8 @@ def build_leaderboard(
             "grounded ones are needed: run the task on more samples"
         )
     methods = available_methods(parts["train"]) if published else []
-    entries, best, skipped = _entries(table, detectors, parts)
+    single = _single_columns(table)
+    entries, best = _entries(single, detectors, parts)
     for method in methods:
         result = score_published(method, parts, selection, seed)
         entries.append(
@@ -177,7 +183,13 @@ def build_leaderboard(
     }
     differences = _differences(figures, list(detectors), others, resamples)
     return Leaderboard(
-        rows, differences, best, controls, skipped, best_published, left_out(methods) if published else ()
+        rows,
+        differences,
+        best,
+        controls,
+        *_uninformative(parts["train"], single),
+        best_published=best_published,
+        left_out=left_out(methods) if published else (),
     )
 
 
@@ -194,12 +206,18 @@ class _Entry:
     note: str = ""
 
 
+def _single_columns(table: pd.DataFrame) -> list[str]:
+    """Return the features that mean something by themselves, as one dimension of a vector does not."""
+    vectors = {name for name, feature in FEATURES.items() if feature.vector}
+    return [name for name in FeatureSchema.of(table).names if feature_of(name) not in vectors]
+
+
 def _entries(
-    table: pd.DataFrame,
+    columns: Sequence[str],
     detectors: Mapping[str, Detector],
     parts: Mapping[str, pd.DataFrame],
-) -> tuple[list[_Entry], dict[str, str], tuple[str, ...]]:
-    """Return entries (but published detectors), the best feature by metric of ``AREAS``, features without any value."""
+) -> tuple[list[_Entry], dict[str, str]]:
+    """Return the entries of detectors, baselines and single features, and the best feature by metric of ``AREAS``."""
     train, test = parts["train"], parts["test"]
     entries = [
         _Entry(name, "detector", detector.predict(test), cost=cost_of(detector.features))
@@ -208,11 +226,9 @@ def _entries(
     for name, baseline in baselines("all", "all").items():  # the mentions are selected already
         entries.append(_Entry(name, "baseline", baseline.fit(train, parts["calibration"]).predict(test)))
     taken = {entry.name for entry in entries}
-    vectors = {name for name, feature in FEATURES.items() if feature.vector}  # one dimension means nothing by itself
-    single = [name for name in FeatureSchema.of(table).names if name not in taken and feature_of(name) not in vectors]
-    scores, signs, best, skipped = _single_features(train, test, single)
+    scores, signs, best = _single_features(train, test, [name for name in columns if name not in taken])
     entries += [_Entry(name, "feature", values, False, signs[name], cost_of([name])) for name, values in scores.items()]
-    return entries, best, skipped
+    return entries, best
 
 
 def _best_published(rows: Sequence[LeaderboardRow]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stethoscope.core.text import console
+from stethoscope.core.text import console, listed
 from stethoscope.core.token_table import stem
 from stethoscope.detection.detector_results import (
     Ablation,
@@ -157,7 +157,8 @@ def leaderboard_tables(results: DetectorResults, compact: bool = False) -> Itera
         compact: leave out the metrics of ``PAGE_ONLY``.
     """
     rows = shown_rows(results.leaderboard)
-    data = f"{describe_data(results)}{_describe_selection(results.leaderboard, rows)}{_left_out(results.leaderboard)}"
+    data = f"{describe_data(results)}{_describe_selection(results.leaderboard, rows)}"
+    data += f"{_left_out(results.leaderboard)}{_describe_constant(results.leaderboard)}"
     base_rate = rows[0].metrics.get("base_rate")
     chance_level = "" if base_rate is None else f" (chance {base_rate.value:.3f})"
     note = (
@@ -203,6 +204,13 @@ def _left_out(leaderboard: Leaderboard) -> str:
         f" Published detectors of one pass that are not here, for lack of their features: {names}; "
         "`stethoscope extract run=... features=everything` computes them, `stethoscope train` measures them."
     )
+
+
+def _describe_constant(leaderboard: Leaderboard) -> str:
+    """Name the features that say nothing, so that nobody takes them for used."""
+    if not leaderboard.constant:
+        return ""
+    return f" Features that never change in the training images, and so say nothing: {listed(leaderboard.constant)}."
 
 
 def opponent(leaderboard: Leaderboard, difference: Difference) -> str:

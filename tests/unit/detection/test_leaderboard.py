@@ -15,6 +15,7 @@ from stethoscope.detection import leaderboard as board
 from stethoscope.detection.baselines import Constant, PositionOnly, TextPrior, baselines
 from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.detector_results import Leaderboard
 from stethoscope.detection.estimators import DRAFT_TREES
 from stethoscope.detection.inference import MAX_TREES
 from stethoscope.detection.leaderboard import AREAS, METRICS, build_leaderboard
@@ -189,7 +190,18 @@ def test_features_with_gaps_are_measured_and_empty_ones_skipped():
     table = TABLE.assign(gappy=TABLE["nll"].where(TABLE["token"] > 4), empty=np.float32(np.nan))
     results = train_detector(table, Detector(exclude=["empty"]), replicates=20).results.to_dict()
     assert results["leaderboard"]["skipped_features"] == ["empty"]
+    assert results["leaderboard"]["constant_features"] == []  # a gap may say something
     assert figure(results, "gappy", "auroc").value > 0.5
+
+
+def test_features_that_never_change_are_named_once(recwarn):
+    """By the training images alone, which are what a detector learns from."""
+    folds = split_groups(TABLE["group"].to_numpy(str), FRACTIONS)
+    table = TABLE.assign(flat=np.float32(3), elsewhere=np.where(folds["test"], TABLE["nll"], 0).astype(np.float32))
+    board = build_leaderboard(table, {}, folds, replicates=20)
+    assert (board.constant, board.skipped) == (("flat", "elsewhere"), ())
+    assert Leaderboard.from_dict(board.to_dict()).constant == board.constant
+    assert not len(recwarn)
 
 
 def test_a_detector_of_shuffled_labels_sits_at_one_half():

@@ -74,6 +74,14 @@ def test_the_note_is_silent_where_all_features_are_shown(features):
     assert "single features" not in ranking.note
 
 
+def test_the_note_names_features_that_never_change():
+    plain = results(3, NAMES[0])
+    assert "never change" not in next(leaderboard_tables(plain)).note
+    board = replace(plain.leaderboard, constant=("flat", "still"))
+    note = next(leaderboard_tables(replace(plain, leaderboard=board))).note
+    assert note.endswith(" Features that never change in the training images, and so say nothing: flat, still.")
+
+
 def test_results_print_as_text_and_markdown(capsys):
     results = Evaluator().run(TinyAdapter("a model"), TinyTask(count=40))
     table = task_table(results)
