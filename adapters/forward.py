@@ -327,7 +327,9 @@ class ForwardRunner:
         caches = split_cache(cache, [[slice(0, prompt.spans.length)] for prompt in encoded])
         return required(caches)
 
-    def generate_from_prefixes(self, encoded: Sequence[Encoded], prefixes: Sequence[Prefix]) -> dict[str, Any]:
+    def generate_from_prefixes(
+        self, encoded: Sequence[Encoded], prefixes: Sequence[Prefix], room: int
+    ) -> dict[str, Any]:
         """Prepare arguments of ``generate`` for B prompts of a causal model whose first tokens are in KV caches.
 
         Columns are those of ``prompt_columns``: padding, the prefix, padding, the rest of the prompt. ``generate``
@@ -336,6 +338,7 @@ class ForwardRunner:
         Args:
             encoded: B prompts, with at least one token behind each prefix and no image token.
             prefixes: of the prompts.
+            room: answer tokens that fit into the cache before it is copied to a larger one.
         """
         lengths = [prefix.length for prefix in prefixes]
         columns = prompt_columns(encoded, lengths)
@@ -347,7 +350,8 @@ class ForwardRunner:
             for part, piece in zip(parts, pieces, strict=True):
                 ids[index, part], mask[index, part] = piece, 1
         offsets = [max(lengths) - length for length in lengths]
-        cache = joined_cache([prefix.cache for prefix in prefixes], lengths, offsets)
+        room += width - max(lengths)
+        cache = joined_cache([prefix.cache for prefix in prefixes], lengths, offsets, room)
         return {**self.to_device({"input_ids": ids, "attention_mask": mask}), "past_key_values": cache}
 
     def last_prefix(self, cache: Any, encoded: Sequence[Encoded], lengths: Sequence[int] | None) -> PromptCache | None:

@@ -30,6 +30,7 @@ from stethoscope.adapters.prefixes import SharedPrefixes
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer, Generation
 from stethoscope.tracing.answer_recorder import AnswerRecorder, RecordedAnswers
+from stethoscope.tracing.growing_cache import ROOM, cache_for
 from stethoscope.tracing.hooks import uses_sdpa
 from stethoscope.tracing.logit_lens import lens_of
 from stethoscope.tracing.model_parts import listed_modules
@@ -259,6 +260,11 @@ def _seed(seed: int, encoded: Encoded) -> int:
     return int.from_bytes(digest.digest()[:8], "big") >> 1
 
 
+def _room(generation: Generation) -> int:
+    """Return the number of answer tokens that a KV cache is made for at first."""
+    return min(ROOM, generation.max_new_tokens or ROOM)
+
+
 class AnswerGenerator:
     """Generate and score the answers of one loaded model.
 
@@ -334,6 +340,8 @@ class AnswerGenerator:
         known = None if prefixes is None else [prefix.cache.embeds for prefix in prefixes]
         recorder = self._recorder(encoded, generation) if return_cache else None
         arguments = self.arguments(adapter, encoded, generation, prefixes)
+        if prefixes is None and self._decoder_start is None:
+            arguments["past_key_values"] = cache_for(self._model, arguments["input_ids"], _room(generation))
         logprobs = TokenLogprobs(None if recorder is None else recorder.scores)
         del prefixes  # the copies in the arguments are all that generation needs
         arguments["logits_processor"].insert(0, logprobs)
@@ -385,10 +393,10 @@ class AnswerGenerator:
             prefixes: of the prompts, from which ``generate`` goes on; None to read whole prompts.
         """
         decoder_only = self._decoder_start is None
-        if prefixes is None:
-            inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
+        if prefixes is not None:
+            inputs = self._forward.generate_from_prefixes(encoded, prefixes, _room(generation))
         else:
-            inputs = self._forward.generate_from_prefixes(encoded, prefixes)
+            inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
         stops, start = self._tokens.all_stops(generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
         method = generation.mitigation
         if method is not None and method.writes:

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from stethoscope.adapters.fingerprint import state_key
 from stethoscope.core.cache import LRUCache
-from stethoscope.tracing.growing_cache import GrowingCache, GrowingLayer
+from stethoscope.tracing.growing_cache import GrowingCache, GrowingLayer, empty_cache
 from stethoscope.tracing.trace import Encoded, PromptCache
 
 if TYPE_CHECKING:
@@ -96,11 +96,12 @@ def join_caches(
 
 
 def joined_cache(
-    caches: Sequence[PromptCache], prefix_lengths: Sequence[int], pad_offsets: Sequence[int]
+    caches: Sequence[PromptCache], prefix_lengths: Sequence[int], pad_offsets: Sequence[int], room: int
 ) -> DynamicCache:
     """Copy the first tokens of every prompt's cache, padded on the left, into a cache that generation goes on from.
 
-    Where these are all tokens of the prompts of a graph that is not kept whole, the cache shares its keys and values.
+    Where these are all tokens of the prompts of a graph that is not kept whole, the cache shares its keys and values;
+    otherwise ``room`` tokens fit behind its copies.
     """
     graph = caches[0].graph
     if graph is not None and not graph.keeps_whole and all(cache.graph is graph for cache in caches):
@@ -108,7 +109,7 @@ def joined_cache(
         shared = graph.growing_cache() if whole and set(prefix_lengths) == {graph.length - 1} else None
         if shared is not None:
             return shared
-    joined = DynamicCache()
+    joined = empty_cache(len(caches) * caches[0].layers[0][0].nbytes, room)
     for layer, (keys, values) in enumerate(join_caches(caches, prefix_lengths, pad_offsets)):
         joined.update(keys, values, layer)
     return joined

@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from stethoscope.core.errors import CapabilityError, DataError
 from stethoscope.relevancy.attention_backward import Receiver, default_budget
 from stethoscope.relevancy.checkpointing import SparseGraphs
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, LayerCall, Seeds
 from stethoscope.relevancy.token_alignment import TokenAlignment, first_sample, image_token_kind, probe_alignment
-from stethoscope.tracing.growing_cache import GrowingCache, GrowingLayer, with_room
+from stethoscope.tracing.growing_cache import GrowingCache, GrowingLayer, keeps_all_tokens, with_room
 from stethoscope.tracing.hooks import AttentionRecorder, record
 from stethoscope.tracing.model_parts import Site, capture_inputs, route_model, sites
 from stethoscope.tracing.trace import CAUSAL
@@ -359,12 +358,8 @@ class PrefixCache(DynamicCache):
 
 
 def continues(model: PreTrainedModel) -> bool:
-    """Tell from the configuration whether passes can go on from KV caches of prompts: ``CAUSAL``, and all keys stay.
-
-    Layers that attend to a sliding window drop keys.
-    """
-    causal = model.config.model_type in CAUSAL
-    return causal and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    """Tell from the configuration whether passes can go on from KV caches of prompts: ``CAUSAL``, and all keys stay."""
+    return model.config.model_type in CAUSAL and keeps_all_tokens(model)
 
 
 def shares_passes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessor
-from transformers.cache_utils import DynamicLayer
 
 from stethoscope.core.errors import CapabilityError
+from stethoscope.tracing.growing_cache import cache_for, keeps_all_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,9 +39,7 @@ def takes_rows_back(model: PreTrainedModel) -> bool:
     The prompt's KV cache then moves to the right, as if it had been padded on the left by more. So the model must keep
     a state for every token of the prompt and the answer, and prepare its inputs as transformers does.
     """
-    encoder = getattr(model.config.get_text_config(), "is_encoder_decoder", False)  # the language model's own
-    layers = DynamicCache(config=model.config).layers
-    return _is_regular(model) and not encoder and all(type(layer) is DynamicLayer for layer in layers)
+    return _is_regular(model) and keeps_all_tokens(model)
 
 
 class StepInputs:
@@ -71,6 +69,9 @@ class StepInputs:
     def prepare(self, input_ids: Tensor) -> dict[str, Any]:
         """Return the keyword arguments of the pass over the last token of (B, n) ids, at first over all."""
         self._calls += 1
+        if self._calls == 1 and _is_fresh(self._inputs.get("past_key_values")):
+            cache = cache_for(self._model, input_ids)
+            self._inputs = self._inputs if cache is None else {**self._inputs, "past_key_values": cache}
         if self._next is None:
             step = {"next_sequence_length": 1} if self._calls > 1 else {"is_first_iteration": True}
             prepared = self._prepare(input_ids, **step, **self._inputs)
@@ -158,6 +159,11 @@ class StepInputs:
         if not (isinstance(cache, Cache) and cache.is_croppable):
             kind = type(cache).__name__
             raise CapabilityError(f"{type(self._model).__name__} keeps a {kind}, from which no token can be taken back")
+
+
+def _is_fresh(cache: Any) -> bool:
+    """Whether a cache is one of transformers' that nothing has been written to."""
+    return type(cache) is DynamicCache and not cache.get_seq_length()
 
 
 def _can_increment(prepared: dict[str, Any], input_ids: Tensor) -> bool:

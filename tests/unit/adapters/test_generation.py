@@ -14,6 +14,8 @@ from stethoscope.core.errors import ConfigError
 from stethoscope.core.files import jsonable
 from stethoscope.core.types import Generation
 from stethoscope.mitigation.decoding import FirstLogitBoosting
+from stethoscope.tracing import growing_cache
+from stethoscope.tracing.growing_cache import GrowingLayer
 
 QUESTIONS = ("Is there a dog in the image?", "Please describe this image in detail.", "Yes?")
 WAYS = {
@@ -173,6 +175,38 @@ def test_wrong_settings(settings, words):
 def test_the_longest_answer_must_be_known_to_write_one():
     with pytest.raises(ConfigError, match="max_new_tokens must be given"):
         build_config(Generation(), [0], 0)
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """The KV caches of all layers that grow in place, which those of all sizes do."""
+    monkeypatch.setattr(growing_cache, "_SMALL", 0)
+    grown, update = [], GrowingLayer.update
+    monkeypatch.setattr(GrowingLayer, "update", lambda self, *states: grown.append(self) or update(self, *states))
+    return grown
+
+
+@pytest.mark.parametrize("tokens", [1, 24])
+@pytest.mark.parametrize("way", ["greedy", "sampled"])
+def test_a_growing_cache_gives_what_the_cache_of_transformers_gives(adapter, encoded, way, tokens, caches):
+    settings = replace(WAYS[way], max_new_tokens=tokens)
+    answers = adapter.generate(encoded, settings)
+    assert caches
+    caches.clear()
+    model, arguments = adapter.prepare_generate(encoded, settings)
+    ids = model.generate(**arguments).sequences[:, arguments["input_ids"].shape[1] :].tolist()
+    assert not caches  # an argument that can be used again
+    assert [answer.token_ids for answer in answers] == [
+        adapter.decode_answer(row, [0.0] * len(row), settings).token_ids for row in ids
+    ]
+
+
+@pytest.mark.parametrize(("family", "way"), [("llava", "beams"), ("blip-2-t5", "greedy")])
+def test_beams_and_encoders_have_the_cache_of_transformers(family, way, caches):
+    prompt = "<image>{question}" if family == "llava" else "{question}"
+    adapter = HfAdapter(random_init="tiny", family=family, prompt=prompt, device="cpu")
+    adapter.generate([adapter.encode(Image.new("RGB", (40, 40)), QUESTIONS[0])], WAYS[way])
+    assert not caches
 
 
 @pytest.mark.parametrize("ids", [[1, 2, 3], [4, 2, 8, 9, 40], [40]])

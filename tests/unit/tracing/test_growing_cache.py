@@ -34,14 +34,15 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("room", [ROOM, 2])
 @pytest.mark.parametrize("change", CHANGES)
-def test_it_equals_a_dynamic_cache(change):
-    caches = GrowingCache(), DynamicCache()
+def test_it_equals_a_dynamic_cache(change, room):
+    caches = GrowingCache(room=room), DynamicCache()
     grow(caches, 5)
     grow(caches, 1)
     for cache in caches:
         CHANGES[change](cache)
-    for count in (1, 1, ROOM, 1):
+    for count in (1, 1, 12, 1):
         grow(caches, count, batch=2 if change == "select" else 3)
     assert same(*caches)
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
