@@ -89,6 +89,13 @@ class Task(ABC):
         Totals come as arrays so that one call covers the value and every bootstrap replicate.
         """
 
+    def identity(self) -> Mapping[str, Any]:
+        """Return what identifies a run's task in place of its settings, by their names; none by default.
+
+        A task whose setting names a file gives what the file holds. Called after ``setup``.
+        """
+        return {}
+
     def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
         """Return the rows that metrics are totalled from: by default every sample's counts under its own subset.
 

@@ -102,12 +102,12 @@ class Chair(Task):
         self.scenes, self.scene_mode, self.scene_seed = scenes, scene_mode, scene_seed
         self.instances, self.captions, self.images, self.image_ids = instances, captions, images, image_ids
         self.image_count, self.image_seed = image_count, image_seed
-        self.extraction, self._choice = str(extraction), str(extraction)
+        self.extraction = extraction
         self.hub = HubSource(dataset, split, revision, local_files_only)
         self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Read images and ground truth and check that every image is there; ``extraction`` becomes its identity.
+        """Read images and ground truth and check that every image is there.
 
         Raises:
             DataError: a file is missing or broken; the message names it.
@@ -115,8 +115,7 @@ class Chair(Task):
         """
         if self._samples:
             return
-        self._extract = load_extraction(self._choice, key="task.extraction")
-        self.extraction = self._extract.identity
+        self._extract = load_extraction(self.extraction, key="task.extraction")
         self._judged = self._extract.own_names(OBJECTS)
         samples = [
             Sample(
@@ -134,8 +133,8 @@ class Chair(Task):
             raise DataError(f"image {repeated[0]!r} is there more than once ({len(repeated)} such images)")
         if not self._judged:
             raise ConfigError(
-                f"task.extraction={self._choice}: none of its names is an object that the ground truth knows, such as "
-                f"{OBJECTS[0]}"
+                f"task.extraction={self.extraction}: none of its names is an object that the ground truth knows, such "
+                f"as {OBJECTS[0]}"
             )
         self._samples = samples
 
@@ -193,6 +192,10 @@ class Chair(Task):
             if wrong:
                 raise DataError(f"{origin}, gt_object: {unknown('COCO object', clipped(wrong[0]), OBJECTS)}")
             yield SourceRow({"objects": self._extract.own_names(objects)}, image, origin)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the identity of the extraction: a file of words counts by its words."""
+        return {"extraction": self._extract.identity}
 
     def samples(self) -> Sequence[Sample]:
         """Return one sample per image, in the order of the source."""

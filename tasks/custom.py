@@ -68,11 +68,11 @@ class Custom(Task):
         check_choice("asks of custom task", self.asks, ("question", "description"))
         self.kind, self.primary, self.max_new_tokens = kind, _PRIMARY[kind], max_new_tokens
         self.file, self.images, self.question, self.suffix = file, images, question, suffix
-        self.parser, self.extraction, self._choice = parser, str(extraction), str(extraction)
+        self.parser, self.extraction = parser, extraction
         self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Read file, vocabulary and folder and check that every image is there; ``extraction`` becomes its identity.
+        """Read file, vocabulary and folder and check that every image is there.
 
         Raises:
             DataError: a file is missing or broken; the message names file and line.
@@ -80,8 +80,7 @@ class Custom(Task):
         if self._samples:
             return
         captions = self.kind in ("caption", "unlabelled")
-        self._extract = load_extraction(self._choice if captions else COCO, key="task.extraction")
-        self.extraction = self._extract.identity
+        self._extract = load_extraction(self.extraction if captions else COCO, key="task.extraction")
         self._samples = self._from_file() if self.file else self._from_folder()
 
     def _from_folder(self) -> list[Sample]:
@@ -135,7 +134,11 @@ class Custom(Task):
         for name in value:
             if names is not None and name not in names:
                 raise DataError(f"{origin}: {unknown('object of the vocabulary', clipped(name), names)}")
-        return {"objects": sorted(set(value)), "extraction": self.extraction}  # other words, other scores
+        return {"objects": sorted(set(value)), "extraction": self._extract.identity}  # other words, other scores
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the identity of the extraction: a file of words counts by its words."""
+        return {"extraction": self._extract.identity}
 
     def samples(self) -> Sequence[Sample]:
         """Return the questions in the order of the file, or of the images' names."""

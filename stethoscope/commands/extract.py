@@ -213,7 +213,7 @@ def _apply(detector: Detector, table: pd.DataFrame, task: Task, folder: Path) ->
     warnings, file = mention_warnings(table, detector), folder / "warnings.jsonl"
     write_warnings(warnings, file)
     print(f"{int(warnings['warned'].sum())} of {len(warnings)} mentions warned: {file}")
-    if words := other_words(str(getattr(task, "extraction", "")), detector.notes.get("task")):
+    if words := other_words(task.identity().get("extraction", ""), detector.notes.get("task")):
         print(f"detector: {words}")
     elif (shift := detector.shift(table)) is not None:
         print(f"detector: {shift.sentence}")

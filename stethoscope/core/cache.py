@@ -12,9 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def _one(value: Any) -> int:
+    return 1
+
+
 @dataclass
 class LRUCache:
     """Keep values up to a total size and drop the least recently used ones beyond it.
+
+    A copy, also one by pickle, begins empty.
 
     >>> cache = LRUCache(10, len)
     >>> for text in ("a" * 6, "b" * 3, "c" * 4):
@@ -30,10 +36,13 @@ class LRUCache:
     """
 
     limit: int
-    size: Callable[[Any], int] = field(default=lambda value: 1)
+    size: Callable[[Any], int] = field(default=_one)
     used: int = 0
     values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[type[LRUCache], tuple[int, Callable[[Any], int]]]:
+        return LRUCache, (self.limit, self.size)  # a lock has no copy, and who copies an owner may change what it keeps
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self.values

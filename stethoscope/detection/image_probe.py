@@ -18,6 +18,7 @@ import pandas as pd
 from scipy.special import expit
 from sklearn.model_selection import GroupKFold
 
+from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import DataError
 from stethoscope.core.token_table import IMAGE_TOKENS, object_index, unpack_vectors
 from stethoscope.detection.artifact import Arrays
@@ -45,6 +46,10 @@ KNOWN_TEXT = 2**27
 """Characters of text whose odds a probe knows, 6,000 pictures of the embedded model's 64 tokens."""
 
 
+def _text_length(known: tuple[str, np.ndarray]) -> int:
+    return len(known[0])
+
+
 @dataclass(frozen=True)
 class ImageProbe:
     """A network with one hidden layer of rectified units behind a standardisation, applied to every image token.
@@ -53,7 +58,8 @@ class ImageProbe:
         mean, scale: (D,) of the standardisation.
         hidden, hidden_bias: (D, ``UNITS``) and (``UNITS``,).
         output, bias: (``UNITS``, objects) and (objects,).
-        known_odds: (objects,) of ``transform`` by the text of a picture's tokens; a run is read several times.
+        known_odds: (objects,) of ``transform`` by the text of a picture's tokens, with that text; a run is read several
+            times.
     """
 
     mean: np.ndarray
@@ -62,7 +68,9 @@ class ImageProbe:
     hidden_bias: np.ndarray
     output: np.ndarray
     bias: np.ndarray
-    known_odds: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+    known_odds: LRUCache = field(
+        default_factory=lambda: LRUCache(KNOWN_TEXT, _text_length), init=False, repr=False, compare=False
+    )
 
     @classmethod
     def fit(cls, pictures: Sequence[np.ndarray], targets: np.ndarray, seed: int = 0) -> ImageProbe:
@@ -185,12 +193,10 @@ class ImageProbe:
         """Return ``transform`` of pictures given as text, (pictures, objects), each of which is computed once."""
         odds = np.zeros((len(texts), len(self.bias)))
         for index, text in enumerate(texts):
-            row = self.known_odds.get(text)
-            if row is None:
-                if (1 + len(self.known_odds)) * len(text) > KNOWN_TEXT:
-                    self.known_odds.clear()
-                row = self.known_odds[text] = self.transform([unpack_vectors(text)])[0]
-            odds[index] = row
+            known = self.known_odds.get(text)
+            if known is None:
+                known = self.known_odds.put(text, (text, self.transform([unpack_vectors(text)])[0]))
+            odds[index] = known[1]
         return odds
 
     def contents(self, rows: pd.DataFrame) -> np.ndarray:

@@ -20,7 +20,7 @@ from stethoscope.evaluation.chat_protocol import Reply
 from stethoscope.evaluation.distributed import DistributedState, current_state
 from stethoscope.evaluation.selection import load_samples, select_samples
 from stethoscope.storage.answer_file import AnswerFile
-from stethoscope.storage.run_fingerprint import SAMPLING_ONLY, constructor_settings
+from stethoscope.storage.run_fingerprint import SAMPLING_ONLY, task_settings
 from stethoscope.tasks.base import Task
 
 Result = TypeVar("Result")
@@ -242,7 +242,7 @@ def _settings(client: ChatClient, task: Task, served: ServedModel) -> dict[str, 
     decoding = dict(vars(client.generation))
     if not client.generation.do_sample:
         decoding = {name: value for name, value in decoding.items() if name not in SAMPLING_ONLY}
-    own = {name: value for name, value in constructor_settings(task).items() if name not in task.locations}
+    own = {name: value for name, value in task_settings(task).items() if name not in task.locations}
     return {
         "model": served.model,
         "revision": client.engine.revision,

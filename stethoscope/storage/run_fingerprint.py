@@ -43,6 +43,11 @@ def constructor_settings(component: Any) -> dict[str, Any]:
     return {name: jsonable(getattr(component, name)) for name in names if hasattr(component, name)}
 
 
+def task_settings(task: Task) -> dict[str, Any]:
+    """Return the settings of a task that has been set up; a file counts by what it holds, see ``Task.identity``."""
+    return {**constructor_settings(task), **jsonable(task.identity())}
+
+
 def answer_fingerprint(
     adapter: Adapter, task: Task, generation: Generation, answers: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def answer_fingerprint(
             "class": f"{type(task).__module__}.{type(task).__qualname__}",
             "name": task.name,
             "version": task.version,
-            "settings": constructor_settings(task),
+            "settings": task_settings(task),
             "code": source_digest(type(task)),
         },
         "generation": {**decoding, **({"applied": jsonable(applied)} if applied else {})},

@@ -1,5 +1,7 @@
 """The LRU cache when several threads share it."""
 
+import copy
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,3 +25,14 @@ def test_threads_may_share_it():
     finally:
         sys.setswitchinterval(interval)
     assert cache.used == sum(map(len, cache.values.values())) <= 40
+
+
+def test_a_copy_begins_empty_with_a_lock_of_its_own():
+    cache = LRUCache(3, len)
+    cache.put("a", "aaa")
+    for made in (copy.copy(cache), copy.deepcopy({"cache": cache})["cache"], pickle.loads(pickle.dumps(cache))):
+        assert (made.limit, made.used, len(made.values)) == (3, 0, 0)
+        made.put("b", "bb")
+        made.put("c", "cc")
+        assert (list(made.values), list(cache.values)) == (["c"], ["a"])
+    assert pickle.loads(pickle.dumps(LRUCache(2))).put("a", 7) == 7

@@ -1,7 +1,9 @@
 """Is the object that a mention names among the picture's tokens?"""
 
 import copy
+import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ from torch import nn
 
 from stethoscope.core.errors import ArtefactError, DataError
 from stethoscope.core.token_table import mention_rows, pack_vectors, unpack_vectors
+from stethoscope.detection import image_probe
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.estimators import SharedFits
@@ -22,6 +25,7 @@ from stethoscope.detection.learners import make_learner
 from stethoscope.metrics import classification
 
 SIZE, TOKENS = 8, 5
+transform = ImageProbe.transform
 LOOKS = 2.5 * np.random.default_rng(99).normal(size=(len(OBJECTS), SIZE))
 
 
@@ -192,6 +196,22 @@ def test_fits_in_common_are_made_once_and_change_nothing():
     fifth = Detector(C=0.1, features=sets[2], seed=5).sharing(shared).fit(train, calibration)
     assert fifth.design.image_probe is not probes[0]
     assert fifth.model.model.probe_ is not third.model.model.probe_
+
+
+def test_pictures_are_looked_at_once_as_long_as_their_texts_fit(seeing, monkeypatch):
+    """Copies of a detector, also by pickle, predict the same and look again."""
+    texts = TEST["image_tokens"].drop_duplicates().tolist()
+    monkeypatch.setattr(image_probe, "KNOWN_TEXT", sum(map(len, texts[:2])))
+    own = seeing.design.image_probe
+    probe, looked_at = dataclasses.replace(own), []
+    monkeypatch.setattr(ImageProbe, "transform", lambda self, tokens: looked_at.append(1) or transform(self, tokens))
+    for read, count in (([0, 1], 2), ([0, 1, 0], 2), ([2], 3), ([0], 3), ([1, 2], 5)):
+        odds = probe._odds([texts[index] for index in read])
+        assert np.array_equal(odds, transform(own, [unpack_vectors(texts[index]) for index in read]))
+        assert len(looked_at) == count
+    for made in (copy.deepcopy(seeing), pickle.loads(pickle.dumps(seeing))):
+        assert not made.design.image_probe.known_odds.values
+        assert np.array_equal(made.predict(TEST), seeing.predict(TEST))
 
 
 def test_only_equal_fits_are_shared():

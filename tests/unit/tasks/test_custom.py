@@ -5,9 +5,12 @@ import json
 import pytest
 import yaml
 from helpers.by_hand import figures, reply
+from helpers.tiny_world import TinyAdapter
 
 from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.types import Generation
+from stethoscope.storage.run_fingerprint import answer_fingerprint, constructor_settings
 from stethoscope.tasks.base import Task
 from stethoscope.tasks.custom import Custom
 from stethoscope.tasks.extraction import read_vocabulary
@@ -87,7 +90,13 @@ def test_captions_with_a_vocabulary(tmp_path, images):
         ("fire trucks", "fire engine", 0),
         ("ladders", "ladder", 1),
     ]
+    assert task.extraction == words["extraction"]  # a setting stays as it was given
+    assert constructor_settings(task)["extraction"] == words["extraction"]
+    identified = answer_fingerprint(TinyAdapter(), task, Generation())["task"]["settings"]
+    assert identified["extraction"].startswith("words.yaml:")
     (tmp_path / "words.yaml").write_text("fire engine: [fire truck]\nladder:\nhose:\n")
+    other = answer_fingerprint(TinyAdapter(), made(**words), Generation())["task"]["settings"]
+    assert {key for key in other if other[key] != identified[key]} == {"extraction"}
     assert made(**words).samples()[0].reference != sample.reference  # so that a run does not keep the old scores
 
 

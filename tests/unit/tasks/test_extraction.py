@@ -9,7 +9,7 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.diagnosis.run_diagnosis import diagnose
-from stethoscope.storage.run_fingerprint import constructor_settings
+from stethoscope.storage.run_fingerprint import task_settings
 from stethoscope.streaming import Final, stream
 from stethoscope.tasks import object_extraction
 from stethoscope.tasks.chair import Chair
@@ -168,12 +168,12 @@ def test_custom_tasks_find_any_noun_of_a_list(amber, images, tmp_path):
 
 def test_the_choice_is_in_the_runs_identity(words, images):
     settings = [
-        constructor_settings(chair(extraction=choice))["extraction"] for choice in ("coco", str(words))
+        task_settings(chair(extraction=choice))["extraction"] for choice in ("coco", str(words))
     ]  # fmt: skip
     assert settings == ["coco", load_extraction(str(words)).identity]
     task = Custom("unlabelled", images=str(images), question="Describe it.", extraction=str(words))
     task.setup()
-    assert constructor_settings(task)["extraction"] == settings[1]
+    assert task_settings(task)["extraction"] == settings[1]
 
 
 # --- diagnosis and streams --------------------------------------------------------------------------------------------
