@@ -13,9 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.core.json_rows import clipped, read_rows, read_text, shown
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
+from stethoscope.metrics.ranking import divide
 from stethoscope.tasks import yes_no
 from stethoscope.tasks.base import Metric, ScoredSample, Tally, Task
-from stethoscope.tasks.counts import CONFUSION, accuracy, confusion, f1, precision, ratio, recall, share
+from stethoscope.tasks.counts import CONFUSION, accuracy, confusion, f1, precision, recall, share
 from stethoscope.tasks.extraction import read_association
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.noun_extraction import NounExtractor, SpacyNounExtractor
@@ -335,7 +336,7 @@ class Amber(Task):
             "precision": precision,
             "recall": recall,
             "f1": f1,
-            "accuracy_published": lambda totals: ratio(
+            "accuracy_published": lambda totals: divide(
                 totals["published_tp"] + totals["published_tn"], totals["published_questions"]
             ),
             "f1_published": lambda totals: f1({name: totals[f"published_{name}"] for name in CONFUSION}),

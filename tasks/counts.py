@@ -12,19 +12,10 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 import numpy as np
 
 from stethoscope.core.types import Sample, Score
+from stethoscope.metrics.ranking import divide
 from stethoscope.tasks.base import Metric, ScoredSample, Totals
 
 # --- quotients and yes/no answers -------------------------------------------------------------------------------------
-
-
-def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide two arrays of one shape element by element; NaN where the divisor is 0.
-
-    >>> ratio(np.array([1, 0]), np.array([4, 0])).tolist()
-    [0.25, nan]
-    """
-    part, whole = np.asarray(part, float), np.asarray(whole, float)
-    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
 
 
 def total(totals: Totals, *names: str) -> np.ndarray:
@@ -39,7 +30,7 @@ def total(totals: Totals, *names: str) -> np.ndarray:
 
 def share(part: str, *whole: str) -> Metric:
     """Return the metric that divides a count by a sum of others; NaN where that is 0."""
-    return lambda totals: ratio(total(totals, part), total(totals, *whole))
+    return lambda totals: divide(total(totals, part), total(totals, *whole))
 
 
 def harmonic_mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -49,7 +40,7 @@ def harmonic_mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     [0.667, 0.0]
     """
     both = np.asarray(first + second, float)
-    return np.where(both == 0, 0.0, ratio(2 * first * second, both)) + 0 * both  # NaN stays NaN
+    return np.where(both == 0, 0.0, divide(2 * first * second, both)) + 0 * both  # NaN stays NaN
 
 
 def harmonic(first: Metric, second: Metric) -> Metric:
@@ -63,32 +54,32 @@ def accuracy(totals: Totals) -> np.ndarray:
     >>> float(accuracy({"tp": np.array(2), "fp": np.array(1), "tn": np.array(1), "fn": np.array(0)}))
     0.75
     """
-    return ratio(totals["tp"] + totals["tn"], totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"])
+    return divide(totals["tp"] + totals["tn"], totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"])
 
 
 def precision(totals: Totals) -> np.ndarray:
     """Return the share of right answers among those that claim the positive class."""
-    return ratio(totals["tp"], totals["tp"] + totals["fp"])
+    return divide(totals["tp"], totals["tp"] + totals["fp"])
 
 
 def recall(totals: Totals) -> np.ndarray:
     """Return the share of questions with the positive class as their truth that get that answer."""
-    return ratio(totals["tp"], totals["tp"] + totals["fn"])
+    return divide(totals["tp"], totals["tp"] + totals["fn"])
 
 
 def f1(totals: Totals) -> np.ndarray:
     """Return the harmonic mean of precision and recall."""
-    return ratio(2 * totals["tp"], 2 * totals["tp"] + totals["fp"] + totals["fn"])
+    return divide(2 * totals["tp"], 2 * totals["tp"] + totals["fp"] + totals["fn"])
 
 
 def yes_rate(totals: Totals) -> np.ndarray:
     """Return how often the model says yes, where yes is the positive class."""
-    return ratio(totals["tp"] + totals["fp"], totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"])
+    return divide(totals["tp"] + totals["fp"], totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"])
 
 
 def tnr(totals: Totals) -> np.ndarray:
     """Return the share of questions with the negative class as their truth that get that answer."""
-    return ratio(totals["tn"], totals["tn"] + totals["fp"])
+    return divide(totals["tn"], totals["tn"] + totals["fp"])
 
 
 def balanced_accuracy(totals: Totals) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.core.json_rows import check_line, clipped, read_rows
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
+from stethoscope.metrics.ranking import divide
 from stethoscope.tasks import counts, yes_no
 from stethoscope.tasks.base import Metric, Task
 from stethoscope.tasks.extraction import COCO, load_extraction
@@ -200,6 +201,6 @@ class Custom(Task):
             return {"length": counts.share("words", "answers")}
         return {
             **{name: counts.YES_NO_METRICS[name] for name in ("accuracy", "precision", "recall", "f1", "yes_rate")},
-            "accuracy_all": lambda totals: counts.ratio(totals["tp"] + totals["tn"], totals["asked"]),
-            "answered": lambda totals: counts.ratio(counts.total(totals, *counts.CONFUSION), totals["asked"]),
+            "accuracy_all": lambda totals: divide(totals["tp"] + totals["tn"], totals["asked"]),
+            "answered": lambda totals: divide(counts.total(totals, *counts.CONFUSION), totals["asked"]),
         }

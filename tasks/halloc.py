@@ -18,8 +18,9 @@ import numpy as np
 from stethoscope.core.errors import DataError
 from stethoscope.core.json_rows import check_line, read_rows, shown
 from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
+from stethoscope.metrics.ranking import divide
 from stethoscope.tasks.base import Metric, Task, Totals
-from stethoscope.tasks.counts import ratio, share, total
+from stethoscope.tasks.counts import share, total
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.sources import check_flags, check_paths, check_unused, setting_path
 
@@ -110,14 +111,14 @@ class GivenAnswers(Task):
         tokens, nll = ([f"{unit}_{kind}" for kind in self.kinds] for unit in ("tokens", "nll"))
 
         def hallucinated(totals: Totals) -> np.ndarray:
-            return ratio(total(totals, *nll), total(totals, *tokens))
+            return divide(total(totals, *nll), total(totals, *tokens))
 
         grounded = share("nll_grounded", "tokens_grounded")
         return {
             "nll_gap": lambda totals: hallucinated(totals) - grounded(totals),
             "nll_grounded": grounded,
             **{f"nll_{kind}": share(f"nll_{kind}", f"tokens_{kind}") for kind in self.kinds},
-            "hallucinated": lambda totals: ratio(total(totals, *tokens), total(totals, *tokens, "tokens_grounded")),
+            "hallucinated": lambda totals: divide(total(totals, *tokens), total(totals, *tokens, "tokens_grounded")),
         }
 
 

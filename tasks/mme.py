@@ -17,9 +17,10 @@ import numpy as np
 from stethoscope.core.errors import DataError
 from stethoscope.core.json_rows import clipped, read_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.metrics.ranking import divide
 from stethoscope.tasks import yes_no
 from stethoscope.tasks.base import Metric, ScoredSample, Tally, Task, Totals
-from stethoscope.tasks.counts import complete_sets, ratio, set_counts, share, total
+from stethoscope.tasks.counts import complete_sets, set_counts, share, total
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.questions import asked_object, label_text, question_text, with_suffix
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choices, setting_path
@@ -198,7 +199,7 @@ class Mme(Task):
     def _share(self, part: str, whole: str) -> Metric:
         """Return the metric that divides one count by another, both over all categories."""
         parts, wholes = ([f"{category} {name}" for category in self.categories] for name in (part, whole))
-        return lambda totals: ratio(total(totals, *parts), total(totals, *wholes))
+        return lambda totals: divide(total(totals, *parts), total(totals, *wholes))
 
     def _score(self, totals: Totals, prefix: str, answers: str, images: str) -> np.ndarray:
         """Sum the scores of the categories that were asked about; NaN if one of them has nothing to score."""

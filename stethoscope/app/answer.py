@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.app import payload
-from stethoscope.app.model_pool import TRAIN_ONE, ModelPool, Ready
+from stethoscope.app.model_pool import NO_DETECTOR, ModelPool, Ready
 from stethoscope.app.pictures import read_picture
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.images import file_digest
@@ -415,5 +415,5 @@ def _notes(ready: Ready, question: Question) -> tuple[str, ...]:
     """List the question's notes, and one about the origin or the lack of the detector."""
     detector = question.detector or ready.detectors.final
     if detector is None:
-        return (*question.notes, ready.detectors.origin or TRAIN_ONE.format(model=question.model))
+        return (*question.notes, ready.detectors.origin or NO_DETECTOR.format(model=question.model))
     return (*question.notes, *([f"Detector: {ready.detectors.origin}"] if question.detector is None else []))

@@ -21,6 +21,7 @@ from stethoscope.detection.artifact import MANIFEST
 from stethoscope.detection.lookup import (
     AUTO,
     SWITCHED_OFF,
+    TRAIN_ONE,
     bundled_detectors,
     check_model,
     describe_origin,
@@ -39,11 +40,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "the embedded model's"
 """Name of the detector that comes with the embedded model, among those to choose from."""
-TRAIN_ONE = (
-    "No detector of this model was found, so there are no warnings: tokens are coloured by how improbable they are. "
-    "`stethoscope benchmark model={model}` trains one (of rendered scenes, unless chair.source=files or hub takes "
-    "photographs); then start the app again."
-)
+NO_DETECTOR = f"{TRAIN_ONE}; then start the app again. Tokens are coloured by how improbable they are."
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def run(config: DictConfig) -> None:
     hosts = read_hosts(config.hosts)
     check_address(str(config.host), int(config.port))
     # after what needs no torch: it takes seconds to load
-    from stethoscope.app.model_pool import TRAIN_ONE, ModelPool
+    from stethoscope.app.model_pool import NO_DETECTOR, ModelPool
     from stethoscope.app.pictures import write_examples
     from stethoscope.app.runs import Runs
     from stethoscope.tasks.extraction import load_extraction
@@ -53,7 +53,7 @@ def run(config: DictConfig) -> None:
         print(f"loading {name} ...", file=sys.stderr)
         with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
             origin = ready.detectors.origin
-            print(f"detector: {origin}" if origin else TRAIN_ONE.format(model=name), file=sys.stderr)
+            print(f"detector: {origin}" if origin else NO_DETECTOR.format(model=name), file=sys.stderr)
         sessions = Sessions(folder)
         examples = write_examples(folder, config.seed, int(config.examples))
         page = build_page(pool, runs, extractor, examples, sessions)

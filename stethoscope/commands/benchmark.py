@@ -62,7 +62,6 @@ def run(config: DictConfig) -> None:
         task.setup()
     store = RunStore(folder)
     if features.plugins and chair.name not in store.status():
-        adapter.setup()
         try_features(adapter, chair, features, generation)  # POPE may take hours, and features come after it
     with loggers_of(config) as loggers:
         answers = [] if pope is None else [answer(config, folder, loggers, adapter, pope, generation)]

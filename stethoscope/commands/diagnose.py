@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.answer_verdicts import DiagnosedMention
 
 HEAT_MAPS = "heatmaps"
-TRAIN_ONE = (
-    "no detector comes with this model, so no warnings; `stethoscope benchmark model={model}` trains one (of rendered "
-    "scenes, unless chair.source=files or hub takes photographs), then add detector=runs/benchmark-{model}"
-)
 MEANING = {
     "calibrated": "probability of hallucination {} or more",
     "shifted": "score {} or more; no probability, because the detector is not calibrated for this picture or question",
@@ -124,12 +120,12 @@ def read_history(path: Path) -> list[Any]:
 
 def _origin(setting: str | None, folders: list[Path], model: str) -> str:
     """Describe where the detector came from, or why there is none."""
-    from stethoscope.detection.lookup import AUTO, SWITCHED_OFF, describe_origin
+    from stethoscope.detection.lookup import AUTO, SWITCHED_OFF, TRAIN_ONE, describe_origin
 
     if setting is None:
         return SWITCHED_OFF
     if not folders:
-        return TRAIN_ONE.format(model=model)
+        return f"{TRAIN_ONE.format(model=model)}; then add detector=runs/benchmark-{model}"
     return f"detector: {describe_origin(folders[0])}" + (" (detector=none switches it off)" if setting == AUTO else "")
 
 

@@ -155,8 +155,6 @@ def run(config: DictConfig) -> None:
         _check_detector(detector, features, config.warn, folder, task.name)
     generation = build_generation(saved, plugins)
     if features.plugins:  # before the token rows of other features are replaced
-        task.setup()
-        adapter.setup()
         try_features(adapter, task, features, generation)
     results = Evaluator(
         callbacks=make_callbacks(config.callbacks, plugins),

@@ -34,6 +34,7 @@ from stethoscope.detection.hidden_probe import (
     propagate,
 )
 from stethoscope.detection.recalibration import reply_boundary
+from stethoscope.metrics.ranking import divide
 
 COLUMN = "image_objects"
 """Name of the score, for explanations: log-odds that the named object is not in the picture."""
@@ -366,4 +367,4 @@ def _targets(
         usable = np.isfinite(source) & (codes >= 0) & (named >= 0)
         np.add.at(total, (codes[usable], named[usable]), source[usable])
         np.add.at(count, (codes[usable], named[usable]), 1)
-    return np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)
+    return divide(total, count)

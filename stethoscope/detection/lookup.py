@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 AUTO = "auto"
 """Default of ``detector=``: look for a detector of this model."""
 SWITCHED_OFF = "The detector is switched off, so there are no warnings."
+TRAIN_ONE = (
+    "No detector of this model was found, so there are no warnings. `stethoscope benchmark model={model}` trains one "
+    "(of rendered scenes, unless chair.source=files or hub takes photographs)"
+)
+"""What is said of a model without a detector; how to use a new one follows."""
 
 
 def parse_setting(setting: str | None) -> str | None:

@@ -23,6 +23,7 @@ from stethoscope.detection.transfer import Target, transfer
 from stethoscope.features.columns import group_of
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import REPLICATES, group_weights, split_folds
+from stethoscope.metrics.ranking import divide
 
 if TYPE_CHECKING:
     from stethoscope.storage.run_dir import RunStore
@@ -152,8 +153,7 @@ def evaluate_threshold(
 
     def shares(weights: np.ndarray) -> dict[str, np.ndarray]:
         def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-            total = weights @ whole
-            return np.divide(weights @ (part & whole), total, out=np.full(len(total), np.nan), where=total > 0)
+            return divide(weights @ (part & whole), weights @ whole)
 
         return {
             "precision": share(wrong, flagged),

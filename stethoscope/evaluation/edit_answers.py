@@ -256,8 +256,8 @@ def try_features(adapter: Adapter, task: Task, features: FeatureSet, generation:
     """Compute features of one short answer, to see that the model has what they read and that none fails.
 
     Args:
-        adapter: the model, after ``setup``.
-        task: whose first sample is tried, after ``setup``.
+        adapter: the model, which is set up.
+        task: whose first sample is tried; it is set up before the model is loaded.
         features: any.
         generation: settings of the answers.
 
@@ -268,6 +268,8 @@ def try_features(adapter: Adapter, task: Task, features: FeatureSet, generation:
         CapabilityError: the model does not provide a part that a feature reads.
         CaptureError: see ``FeatureSet.compute``.
     """
+    task.setup()
+    adapter.setup()
     sample = task.samples()[0]
     encoded = adapter.encode_as(sample.asks, sample.image.load(), sample.question)
     answer = adapter.answer(encoded, "A dog.")

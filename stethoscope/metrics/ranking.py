@@ -12,7 +12,6 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.special import digamma
 
 FloatOrArray = float | Any
 """A float for weights of shape (n,) or none, an array (replicates,) for weights of shape (replicates, n).
@@ -57,7 +56,11 @@ def as_result(values: np.ndarray, single: bool) -> FloatOrArray:
 
 
 def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide element by element, with NaN where the denominator is 0."""
+    """Divide element by element, with NaN where the denominator is 0.
+
+    >>> divide(np.array([1, 0]), np.array([4, 0])).tolist()
+    [0.25, nan]
+    """
     shape = np.broadcast_shapes(numerator.shape, denominator.shape)
     return np.divide(numerator, denominator, out=np.full(shape, np.nan), where=denominator > 0)
 
@@ -91,6 +94,8 @@ def harmonic(count: np.ndarray) -> np.ndarray:
     >>> harmonic(np.array([0.0, 1.0, 2.0, 4.0])).round(4).tolist()
     [0.0, 1.0, 1.5, 2.0833]
     """
+    from scipy.special import digamma  # tasks, which import scipy for nothing else, divide by this module too
+
     return digamma(count + 1) + np.euler_gamma
 
 
