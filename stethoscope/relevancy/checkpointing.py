@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.linalg import vecdot, vector_norm
+from torch.nn.functional import rms_norm
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.tracing.model_parts import modules_of, outer_layers, route_layers, sites
@@ -25,7 +27,7 @@ class SparseGraphs:
 
     Norms and activations cost next to nothing. The matrix products whose outputs a graph keeps are those of
     feed-forward modules, most of it; in all layers they would cost a quarter of a forward pass, so those of the last
-    layers, with which the backward pass begins, are kept.
+    layers, with which the backward pass begins, are kept. RMS norms and activations have one node each.
     """
 
     def __init__(self) -> None:
@@ -41,11 +43,12 @@ class SparseGraphs:
         products = [module for module in smallest if module._parameters and not _is_norm(module)]
         language = [module for module in products if sites_by_id[id(module)].role == "language"]
         kept = set(map(id, language[round((1 - _KEPT_PRODUCTS) * len(language)) :]))
-        others = [*norms, *(module for module in products if id(module) not in kept)]
+        others = [module for module in products if id(module) not in kept]
         read = [layer for layer in layers if sites_by_id[id(layer)].role == "language"][-2:-1]
         split = [module for layer in read for module in modules_of(layer) if _is_feed_forward(module)]
         with (
             route_layers(others, self._run),
+            route_layers(norms, self._run_norm),
             route_layers(elementwise, self._run_elementwise),
             route_layers(split, self._run_halves),
         ):
@@ -62,6 +65,13 @@ class SparseGraphs:
 
     def _run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return self._noted(function, function, arguments, options)
+
+    def _run_norm(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        norm, states = getattr(function, "__self__", None), arguments[0] if arguments else None
+        if norm is None or not isinstance(states, Tensor) or not _is_rms_norm(norm, function, states):
+            return self._noted(function, function, arguments, options)
+        run = partial(_RmsNorm.apply, function, norm.weight, _epsilon(norm))
+        return self._noted(function, run, arguments, options)
 
     def _run_elementwise(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         recipes: list[_Recipe] = []
@@ -121,6 +131,7 @@ class SparseGraphs:
 
 _KEPT_PRODUCTS = 0.41  # of the language model: sparse graphs keep the outputs of its last matrix products
 _MANY = 256  # positions, see ``SparseGraphs._run_halves``
+_CHECKED = 8  # states, to see whether a norm is an RMS norm
 _UNCHANGING = (nn.Identity, nn.modules.dropout._DropoutNd)
 
 
@@ -136,6 +147,49 @@ def _is_feed_forward(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     return all(part is None or part.dim() == 1 for part in module._parameters.values())
+
+
+_rms_norms: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _is_rms_norm(norm: nn.Module, forward: Module, states: Tensor) -> bool:
+    """Tell whether a norm gives what torch's RMS norm does, by the first of some states (B, n, D); once for each."""
+    if norm not in _rms_norms:
+        weight, epsilon = getattr(norm, "weight", None), _epsilon(norm)
+        _rms_norms[norm] = False
+        if isinstance(weight, Tensor) and isinstance(epsilon, float) and len(norm._parameters) == 1:
+            few = states.detach()[:1, :_CHECKED]
+            usual = rms_norm(few, weight.shape, weight, epsilon)
+            near = 8 * torch.finfo(few.dtype).eps
+            _rms_norms[norm] = torch.allclose(usual, forward(few), rtol=near, atol=near)
+    return _rms_norms[norm]
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Call an RMS norm, whose gradient then takes a third of the time of that of its six operations.
+
+    With n = x / r and r the root of mean(x^2) + epsilon, the gradient of n w is (w g - n mean(n w g)) / r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Module, weight: Tensor, epsilon: float, states: Tensor) -> Tensor:
+        ctx.weight, ctx.epsilon = weight, epsilon
+        ctx.save_for_backward(states)
+        return function(states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dtype = gradients[0].dtype
+        states = ctx.saved_tensors[0].to(torch.promote_types(dtype, torch.float32))
+        size = states.shape[-1]
+        inverse = (vector_norm(states, dim=-1, keepdim=True).square_() / size + ctx.epsilon).rsqrt_()
+        gradient = (gradients[0] * ctx.weight).to(states.dtype)
+        along = vecdot(gradient, states)[..., None] * inverse.square() / size
+        return None, None, None, gradient.addcmul_(states, along, value=-1).mul_(inverse).to(dtype)
 
 
 @dataclass(eq=False)

@@ -117,3 +117,34 @@ def test_layers_whose_output_nobody_reads_are_dropped():
         layers if case.model.config.vision_feature_layer == -1 else layers + 1 + case.model.config.vision_feature_layer
     )
     assert len(graph.recorder.checkpointer.calls) == read
+
+
+class Norm(torch.nn.Module):
+    def __init__(self, shift):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.shift = torch.nn.Parameter(torch.rand(8)), 1e-2, shift
+
+    def forward(self, states):
+        scale = (states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        return (self.weight + self.shift) * (states * scale)
+
+
+class Normed(GradientCheckpointingLayer):
+    def __init__(self, shift):
+        super().__init__()
+        self.norm = Norm(shift)
+
+    def forward(self, states):
+        return self.norm(states).square()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_gradient_of_a_norm(shift):
+    torch.manual_seed(0)
+    model, graphs, states = torch.nn.Sequential(Normed(shift)), SparseGraphs(), torch.randn(2, 5, 8, requires_grad=True)
+    with frozen(model):
+        expected = torch.autograd.grad(model(states).sum(), states)[0]
+        with graphs.route(model), graphs.layer():
+            result = model(states)
+    assert checkpointing._rms_norms[model[0].norm] == (shift == 0)  # the other is of Gemma, not torch's RMS norm
+    torch.testing.assert_close(torch.autograd.grad(result.sum(), states)[0], expected, rtol=1e-5, atol=1e-6)
