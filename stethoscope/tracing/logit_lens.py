@@ -102,7 +102,8 @@ class Lens:
     ) -> dict[str, Tensor]:
         """Reduce the distribution after each layer; the last is the model's own output.
 
-        Every layer is decoded once, one at a time, so memory is that of one row of logits per token.
+        Every layer is decoded once, by itself or, if all their logits stay in the cache of a CPU, with others. So
+        memory is that of one row of logits per token.
 
         Args:
             hidden: L tensors (..., D), rows of those from ``listen``.
@@ -122,20 +123,22 @@ class Lens:
             self._check(hidden[-1], logits)
         final = logits.log_softmax(-1) if "trajectory" in requires else None
         shares = None if final is None else final.exp()
-        parts: dict[str, list[Tensor]] = {} if final is None else {"trajectory": []}
-        at_once = _CACHED // logits.shape[-1] if logits.device.type == "cpu" else len(logits)
-        size = max(1, at_once)  # rows
-        for layer in [*hidden[:-1], None]:
-            decoded = (logits if layer is None else self.decode(layer)).split(size)
+        empty = logits.new_zeros((0, *tokens.shape)).cpu()  # the trajectory of a model with one layer
+        parts: dict[str, list[Tensor]] = {} if final is None else {"trajectory": [empty]}
+        at_once = _CACHED // logits.shape[-1] if logits.device.type == "cpu" else len(tokens)
+        size, together = max(1, at_once), max(1, at_once // max(1, tokens.numel()))  # rows, layers
+        earlier = hidden[:-1]
+        groups = [earlier[start : start + together] for start in range(0, len(earlier), together)]
+        for layers in [*groups, None]:
+            decoded = (logits[None] if layers is None else self.decode(torch.stack(layers))).split(size, 1)
             others: list[tuple[Tensor, Tensor] | None] = [None] * len(decoded)
-            if layer is not None and final is not None and shares is not None:
+            if layers is not None and final is not None and shares is not None:
                 others = list(zip(final.split(size), shares.split(size), strict=True))
             rows = zip(decoded, tokens.split(size), others, strict=True)
             values = [_reduce(*part, requires) for part in rows]
             for name in values[0]:
-                parts.setdefault(name, []).append(torch.cat([value[name] for value in values]))
-        empty = logits.new_zeros((*logits.shape[:-1], 0)).cpu()  # the trajectory of a model with one layer
-        return {name: torch.stack(part, -1) if part else empty for name, part in parts.items()}
+                parts.setdefault(name, []).append(torch.cat([value[name] for value in values], 1))
+        return {name: torch.cat(part).movedim(0, -1) for name, part in parts.items()}
 
     def evidence(self, hidden: Tensor) -> Tensor:
         """Compute the mean positive and the mean negative evidence of the head (Dempster-Shafer weights of EUQ, 2026).
@@ -228,7 +231,14 @@ def lens_of(model: PreTrainedModel) -> Lens:
 def _reduce(
     logits: Tensor, tokens: Tensor, final: tuple[Tensor, Tensor] | None, requires: Collection[str]
 ) -> dict[str, Tensor]:
-    """Reduce rows of one layer, see ``Lens.read``; ``final``: log-probabilities and probabilities to compare with."""
+    """Reduce the (layers, ..., V) logits of some layers to (layers, ...), see ``Lens.read``.
+
+    Args:
+        logits: of the layers.
+        tokens: (...) ids.
+        final: (..., V) log-probabilities and probabilities to compare with.
+        requires: see ``Lens.read``.
+    """
     logprobs = logits.log_softmax(-1)
     values: dict[str, Tensor] = {}
     if "lens" in requires:
@@ -242,7 +252,7 @@ def _reduce(
 
 
 def _logprob_and_rank(logits: Tensor, tokens: Tensor, logprobs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    tokens = tokens.to(logits.device)[..., None]
+    tokens = tokens.to(logits.device).expand(logits.shape[:-1])[..., None]
     chosen = logits.gather(-1, tokens)
     logprobs = logits.log_softmax(-1) if logprobs is None else logprobs  # a third of the time of logsumexp
     logprob = logprobs.gather(-1, tokens)[..., 0]
