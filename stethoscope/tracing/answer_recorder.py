@@ -140,11 +140,11 @@ class RecordedAnswers:
         longest, width = max(lengths), max(part.stop for parts in self.columns for part in parts)
         total = longest + count - 1
         offsets = [longest - length for length in lengths]
-        seen = torch.arange(total) >= torch.tensor(offsets)[:, None]
-        seen = seen[:, None, None] & torch.ones(count, total, dtype=torch.bool).tril_(longest - 1)
         calls, queries = self.recorder.calls, self.recorder.queries
-        dtype = queries[0].dtype
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        lowest = torch.finfo(queries[0].dtype).min
+        mask = torch.full((count, total), lowest, dtype=queries[0].dtype).triu_(longest).repeat(len(prompts), 1, 1, 1)
+        for row, offset in zip(mask, offsets, strict=True):
+            row[..., :offset] = lowest
         spans = [prompt.spans.shifted(offset) for prompt, offset in zip(prompts, offsets, strict=True)]
         steps = torch.arange(count).expand(len(prompts), -1)
         attention = RowAttentionRecorder(steps, spans, total, None, offsets, longest - 1, requires)
