@@ -40,6 +40,7 @@ from shapes import QUESTION, Figures, Shape, ShapedAdapter, encode, made_up_dete
 import stethoscope
 from stethoscope.cli import main as stethoscope_command
 from stethoscope.core.types import Generation
+from stethoscope.evaluation.pipeline import TRACE_BATCH
 from stethoscope.features import named_set
 from stethoscope.relevancy import relevancy_from_inputs
 
@@ -74,8 +75,9 @@ def model_ways(shape: Shape, batch: int, tokens: int) -> Ways:
         chosen = named_set(name)
 
         def run() -> None:
-            for trace in adapter.trace_batch(prompts, answers, chosen.requires):
-                chosen.compute(trace)
+            for start in range(0, batch, TRACE_BATCH):  # as a run does
+                few = slice(start, start + TRACE_BATCH)
+                chosen.compute_batch(adapter.trace_batch(prompts[few], answers[few], chosen.requires))
 
         return run
 
