@@ -28,9 +28,7 @@ from stethoscope.detection.baselines import NamePrior, PositionOnly, TextPrior
 from stethoscope.detection.caption_objects import ReadCaption, read_caption
 from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.detection.text_only import SHIPPED, TextOnlyDetector
-from stethoscope.metrics.bootstrap import bootstrap, group_weights, split_groups
-from stethoscope.metrics.classification import base_rate
-from stethoscope.metrics.ranking import FloatOrArray
+from stethoscope.metrics.bootstrap import group_weights, mean_interval, split_groups
 from stethoscope.tasks.object_extraction import OBJECTS
 
 FOLDS = 3
@@ -189,13 +187,9 @@ def print_parts(table: pd.DataFrame) -> None:
         cells = []
         for index in range(len(PARTS)):
             rows = table[(part == index) & (table["family"] == family)]
-            share = bootstrap(_share, rows["label"], np.zeros(len(rows)), rows["group"]) if len(rows) >= 20 else None
+            share = mean_interval(rows["label"], rows["group"]) if len(rows) >= 20 else None
             cells.append("" if share is None else _short(str(share)))
         print(f"| {family} | {' | '.join(cells)} |")
-
-
-def _share(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> FloatOrArray:
-    return base_rate(labels, weights)
 
 
 def _short(text: str) -> str:

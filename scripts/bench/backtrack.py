@@ -25,6 +25,7 @@ from stethoscope.adapters.base import Adapter
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.types import Generation, Sample
 from stethoscope.features import FeatureSet
+from stethoscope.metrics.bootstrap import group_weights
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming.backtrack import Backtrack
 from stethoscope.tasks.chair import Chair, mentions
@@ -101,15 +102,17 @@ def _measure(adapter: HfAdapter, ways: dict[str, Backtrack | None], samples: Seq
 
 def _difference(values: np.ndarray, greedy: np.ndarray) -> str:
     """Format the differences of CHAIR_i and recall with their intervals."""
-    draws = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
-    texts = []
-    for numerator, denominator in ((0, 1), (2, 3)):
-        both = [part[draws] for part in (values, greedy)]
-        shares = [part[..., numerator].sum(1) / part[..., denominator].sum(1) for part in both]
-        whole = [part[:, numerator].sum() / part[:, denominator].sum() for part in (values, greedy)]
-        low, high = np.quantile(shares[0] - shares[1], [0.025, 0.975])
-        texts.append(f"{whole[0] - whole[1]:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return ", ".join(texts)
+    resamples = group_weights(np.arange(len(values)))  # a scene is an image
+
+    def shares(weights: np.ndarray) -> dict[str, np.ndarray]:
+        (own, other) = (weights @ part for part in (values, greedy))
+        return {
+            name: own[:, part] / own[:, whole] - other[:, part] / other[:, whole]
+            for name, part, whole in (("CHAIR_i", 0, 1), ("recall", 2, 3))
+        }
+
+    intervals = map(resamples.interval, resamples.apply(shares).values())
+    return ", ".join(f"{part.value:+.3f} [{part.low:+.3f}, {part.high:+.3f}]" for part in intervals)
 
 
 if __name__ == "__main__":

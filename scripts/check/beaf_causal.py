@@ -42,7 +42,7 @@ from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Generation, Sample
 from stethoscope.detection.detector import Detector
 from stethoscope.diagnosis.diagnosis import Diagnosis
-from stethoscope.metrics.bootstrap import bootstrap
+from stethoscope.metrics.bootstrap import mean_interval
 from stethoscope.tasks.base import ScoredSample
 from stethoscope.tasks.beaf import Beaf, pairs
 
@@ -152,14 +152,12 @@ def read_questions(edit: Edit, adapter: Adapter, region: np.ndarray) -> Iterator
 
 def print_table(table: pd.DataFrame) -> None:
     """Print means and shares by reading and kind of object."""
-    mean = lambda labels, scores, weights: (weights * scores).sum(-1) / weights.sum(-1)  # noqa: E731
 
     def interval(rows: pd.DataFrame, values: pd.Series) -> str:
         kept = values.notna()
         if not kept.any():
             return "-"
-        numbers, groups = values[kept].to_numpy(float), rows.loc[kept, "group"].to_numpy()
-        return str(bootstrap(mean, numbers, numbers, groups))
+        return str(mean_interval(values[kept].to_numpy(float), rows.loc[kept, "group"].to_numpy()))
 
     for (reading, kind), rows in table.groupby(["reading", "object"]):
         originals = rows["group"].nunique()

@@ -37,7 +37,7 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.core.types import required
 from stethoscope.detection.detector import Detector
-from stethoscope.metrics.bootstrap import bootstrap
+from stethoscope.metrics.bootstrap import mean_interval
 from stethoscope.relevancy import answer_relevancy
 from stethoscope.relevancy.heatmaps import name_attention
 from stethoscope.testbed import Scene
@@ -165,12 +165,10 @@ def main() -> None:
         for part, token in ((scenes[:count], options.token), (scenes[count:], False))
     ]
     table = with_best(*tables)
-    mean = lambda labels, scores, weights: (weights * scores).sum(-1) / weights.sum(-1)  # noqa: E731
     print(f"{'mention':<13} {'box':<8} {'map':<9} {'n':>5}  {'pointing':<22} mass")
     for (mention, box, kind), rows in table.groupby(["mention", "box", "map"]):
         pointing, mass = (
-            bootstrap(mean, rows["pointing"].to_numpy(), rows[name].to_numpy(), rows["image"].to_numpy())
-            for name in ("pointing", "mass")
+            mean_interval(rows[name].to_numpy(), rows["image"].to_numpy()) for name in ("pointing", "mass")
         )
         peak = f"  median of the largest value {rows['peak'].median():.3f}" if kind == "detector" else ""
         print(f"{mention:<13} {box:<8} {kind:<9} {len(rows):>5}  {pointing!s:<22} {mass}{peak}")

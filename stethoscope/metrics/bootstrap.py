@@ -193,6 +193,31 @@ def bootstrap(
     return resamples.interval(resamples.apply(lambda weights: {"value": metric(labels, scores, weights)})["value"])
 
 
+def mean_interval(
+    values: Sequence[float] | np.ndarray,
+    groups: Sequence[str] | np.ndarray,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> Interval:
+    """Compute the mean of items with its interval.
+
+    Args:
+        values: (n,) finite numbers, 0 and 1 for a share.
+        groups: (n,) image ids.
+        replicates: number of replicates.
+        seed: of the draws.
+
+    >>> print(mean_interval([0, 1] * 50, [image for image in range(50) for _ in range(2)]))
+    0.500 [0.500, 0.500]
+    """
+    numbers, resamples = np.asarray(values, dtype=float), group_weights(groups, replicates, seed)
+
+    def mean(weights: np.ndarray) -> dict[str, np.ndarray]:
+        return {"mean": weights @ numbers / weights.sum(axis=1)}
+
+    return resamples.interval(resamples.apply(mean)["mean"])
+
+
 def p_value(differences: np.ndarray) -> float:
     """Compute a two-sided p-value: twice the smaller share of replicates beyond 0, at most 1.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stethoscope.metrics.bootstrap import Interval, bootstrap, group_weights
+from stethoscope.metrics.bootstrap import Interval, bootstrap, mean_interval
 from stethoscope.metrics.classification import auroc
 from stethoscope.metrics.ranking import Ranking
 
@@ -108,12 +108,7 @@ def reliability(rows: pd.DataFrame, count: int = 10) -> list[Bin]:
     bins = []
     for index in np.unique(indices).tolist():
         part = rows[indices == index]
-        hallucinated, resamples = part["label"].to_numpy(dtype=float), group_weights(part["group"].to_numpy())
-
-        def share(weights: np.ndarray, hallucinated: np.ndarray = hallucinated) -> dict[str, np.ndarray]:
-            return {"share": weights @ hallucinated / weights.sum(axis=1)}
-
-        interval = resamples.interval(resamples.apply(share)["share"])
+        interval = mean_interval(part["label"].to_numpy(), part["group"].to_numpy())
         name = f"{index / count:.1f}–{(index + 1) / count:.1f}"
-        bins.append(Bin(float(part["probability"].mean()), name, len(part), int(hallucinated.sum()), interval))
+        bins.append(Bin(float(part["probability"].mean()), name, len(part), int(part["label"].sum()), interval))
     return bins

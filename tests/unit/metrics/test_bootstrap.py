@@ -14,6 +14,7 @@ from stethoscope.metrics.bootstrap import (
     count_metrics,
     count_replicates,
     group_weights,
+    mean_interval,
     p_value,
     split_groups,
 )
@@ -48,6 +49,18 @@ def test_bootstrap_is_what_resampling_by_hand_gives():
     assert interval == drawn.interval(replicates)
     assert (interval.items, interval.groups) == (200, len(np.unique(groups)))
     assert interval == bootstrap(classification.auroc, labels, scores, groups, replicates=40, seed=7)
+
+
+def test_the_mean_is_resampled_by_image():
+    random = np.random.default_rng(3)
+    values, groups = random.normal(size=90), random.integers(30, size=90).astype(str)
+    names, draws = np.unique(groups), np.random.default_rng(5)
+    means = [values.mean()]
+    for drawn in draws.integers(len(names), size=(200, len(names))):
+        means.append(np.concatenate([values[groups == names[index]] for index in drawn]).mean())
+    assert mean_interval(values, groups, 200, 5).to_dict() == pytest.approx(
+        Interval.of(np.array(means), 90, len(names)).to_dict()
+    )
 
 
 def test_intervals_cover_the_truth_on_clustered_data():
