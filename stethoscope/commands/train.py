@@ -34,16 +34,14 @@ from stethoscope.storage.run_dir import RunStore
 if TYPE_CHECKING:
     import pandas as pd
 
+    from stethoscope.detection.detector_results import DetectorResults
+    from stethoscope.loggers.combined import Loggers
+
 
 def run(config: DictConfig) -> None:
     """Fit, calibrate, evaluate and save the detector of a finished run; print its table."""
     source, folder = Path(config.run), Path(config.run_dir)
-    if not source.is_dir():
-        chosen = HydraConfig.get().runtime.choices.get("experiment")
-        hint = "name a run of `stethoscope extract` or `benchmark` (run=runs/...)"
-        if chosen:
-            hint = f"`stethoscope train experiment={chosen} --help` tells how to make it"
-        raise ArtefactError(f"run={source} is no directory; {hint}")
+    _check_run(source)
     if config.recalibrate:
         recalibrate(config, source, folder)
         return
@@ -60,12 +58,7 @@ def run(config: DictConfig) -> None:
     if targets:
         table, detector = _shared_features(table, detector, targets, store.model(task))
     with RunLock(folder), loggers_of(config) as loggers:
-        remove_temporaries(folder)
-        if folder.resolve() != source.resolve():
-            store = copy_task(store, folder, task)
-            store.write_config(config, overrides())
-        loggers.setup(folder)
-        loggers.log_config({task: store.fingerprints().get(task, {})})
+        store = _open_folder(config, store, folder, task, loggers)
         results = fit(
             store,
             task,
@@ -85,13 +78,44 @@ def run(config: DictConfig) -> None:
             log_detector(loggers, results)
             loggers.log_metrics(_transfer_metrics(results.transfer or ()))
             log_detector_files(loggers, folder)
+    _print(results)
+    print(f"detector: {folder / 'detector'}")
+
+
+def _check_run(source: Path) -> None:
+    """Check that the run is there, and say how to make it.
+
+    Raises:
+        ArtefactError: it is not.
+    """
+    if source.is_dir():
+        return
+    chosen = HydraConfig.get().runtime.choices.get("experiment")
+    hint = "name a run of `stethoscope extract` or `benchmark` (run=runs/...)"
+    if chosen:
+        hint = f"`stethoscope train experiment={chosen} --help` tells how to make it"
+    raise ArtefactError(f"run={source} is no directory; {hint}")
+
+
+def _open_folder(config: DictConfig, store: RunStore, folder: Path, task: str, loggers: Loggers) -> RunStore:
+    """Return the run that the detector is written into: the given one, or a copy of its task in another folder."""
+    remove_temporaries(folder)
+    if folder.resolve() != store.run_dir.resolve():
+        store = copy_task(store, folder, task)
+        store.write_config(config, overrides())
+    loggers.setup(folder)
+    loggers.log_config({task: store.fingerprints().get(task, {})})
+    return store
+
+
+def _print(results: DetectorResults | None) -> None:
+    """Print the tables of a training."""
     if results is None:
         print("no mention has a label, so that nothing tells how good the detector is")
-    else:
-        print_detector(results)
-        if results.transfer:
-            print(text(transfer_table(results.transfer)))
-    print(f"detector: {folder / 'detector'}")
+        return
+    print_detector(results)
+    if results.transfer:
+        print(text(transfer_table(results.transfer)))
 
 
 def _shared_features(

@@ -14,7 +14,6 @@ from stethoscope.core.errors import CapabilityError, ConfigError, DataError, che
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Picture, Sample, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.answer_verdicts import (
-    AnswerFeatures,
     ReadAnswer,
     extract_mentions,
     feature_set,
@@ -106,14 +105,14 @@ def diagnose(
     extracted = extract_mentions(answer, extractor, truth) if mentions is None else list(mentions)
     with _timed(seconds, "trace"):
         resampling = make_resampling(extractor, generation)
-        trace, features = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted, resampling)
+        read = ReadAnswer(encoded, answer, extracted)
+        trace, read = _trace(adapter, read, detector, scope, picture, resampling, notes)
     with _timed(seconds, "layers"):
-        evolution, attention = _read_layers(adapter, encoded, answer, extracted, notes)
+        evolution, attention = _read_layers(adapter, read, notes)
     with _timed(seconds, "regions"):
         tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
         regions = token_regions(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "score"):
-        read = ReadAnswer(encoded, answer, extracted, features)
         verdicts, diagnosed = score_mentions(read, detector)
         shift = shift_sentence(read, detector, picture, extractor)
     logprob = trace.logits.log_softmax(-1)
@@ -201,46 +200,46 @@ def _complete_answer(
 
 def _trace(
     adapter: Adapter,
-    encoded: Encoded,
-    answer: Answer,
+    read: ReadAnswer,
     detector: Detector | None,
     scope: str,
-    notes: list[str],
     picture: Image,
-    mentions: Sequence[Mention],
     resampling: Resampling,
-) -> tuple[Trace, AnswerFeatures]:
-    """Trace the answer with relevancy of the scope, and compute the features that the detector reads."""
+    notes: list[str],
+) -> tuple[Trace, ReadAnswer]:
+    """Trace the answer with relevancy of the scope; return it with the features that the detector reads."""
     # imported here: importing this package imports no torch
     from stethoscope.relevancy import answer_relevancy
     from stethoscope.tracing.mention_passes import trace_answers
 
     features = None if detector is None else feature_set(detector.schema.names)
     requires = frozenset[str]() if features is None else features.requires
+
+    def traced(parts: Collection[str]) -> Trace:
+        return trace_answers(adapter, [read.encoded], [read.answer], parts, [picture], [read.mentions], resampling)[0]
+
     try:
-        wanted = {*requires, "relevancy"}
-        trace = trace_answers(adapter, [encoded], [answer], wanted, [picture], [mentions], resampling)[0]
+        trace = traced({*requires, "relevancy"})
     except CapabilityError as error:
         if "relevancy" in requires:
             raise CapabilityError(f"the detector reads features that {adapter.name} does not give: {error}") from None
         notes.append(str(error))
-        trace = trace_answers(adapter, [encoded], [answer], requires, [picture], [mentions], resampling)[0]
-    values = AnswerFeatures()
+        trace = traced(requires)
     if features is not None and detector is not None:  # in scope row, in which features are defined
-        values = read_features(features, trace, detector, adapter.name)
+        read = read._replace(features=read_features(features, trace, detector, adapter.name))
     if scope == "token" and trace.relevancy is not None:
-        trace = replace(trace, relevancy=answer_relevancy(adapter, encoded, answer, scope=scope))
-    return trace, values
+        trace = replace(trace, relevancy=answer_relevancy(adapter, read.encoded, read.answer, scope=scope))
+    return trace, read
 
 
 def _read_layers(
-    adapter: Adapter, encoded: Encoded, answer: Answer, mentions: Sequence[Mention], notes: list[str]
+    adapter: Adapter, read: ReadAnswer, notes: list[str]
 ) -> tuple[LensTrajectory | None, AttentionMaps | None]:
     """Read predictions and raw attention of all layers; single heads first of the tokens that name objects."""
     from stethoscope.diagnosis.layers_pass import read_layers  # importing this package imports no torch
 
-    named = [token for mention in mentions for token in answer.covering(mention.start, mention.end)]
-    return read_layers(adapter, encoded, answer, named, notes)
+    named = [token for mention in read.mentions for token in read.answer.covering(mention.start, mention.end)]
+    return read_layers(adapter, read.encoded, read.answer, named, notes)
 
 
 def _question_tokens(adapter: Adapter, encoded: Encoded) -> tuple[str, ...]:
