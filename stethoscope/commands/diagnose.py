@@ -186,7 +186,7 @@ def answer_text(diagnosis: Diagnosis) -> Text:
 def _spans(diagnosis: Diagnosis) -> Iterator[tuple[int, int, str, str]]:
     """Yield start, end and style of coloured spans, and the note behind each."""
     if diagnosis.threshold is None:
-        for (start, end), probability in zip(diagnosis.answer.offsets, diagnosis.probability, strict=True):
+        for (start, end), probability in zip(diagnosis.answer.offsets, diagnosis.token_probability, strict=True):
             start += len(diagnosis.answer.text[start:end]) - len(diagnosis.answer.text[start:end].lstrip())
             shade = round(255 - 130 * (1 - probability))
             if probability < 0.9 and start < end:
@@ -228,7 +228,7 @@ def _reasons(diagnosis: Diagnosis, mention: DiagnosedMention) -> Iterator[str]:
         if verdict.evidence is not None:
             first += f", evidence {verdict.evidence:+.2f} against prior {verdict.prior:+.2f} (log-odds)"
     elif mention.tokens:
-        first += f" token probability {percent(diagnosis.probability[mention.tokens[0]])}"
+        first += f" token probability {percent(diagnosis.token_probability[mention.tokens[0]])}"
     yield first
     if verdict is not None and verdict.top:
         yield "  features: " + ", ".join(f"{name} {push:+.2f}" for name, push in verdict.top[:3])

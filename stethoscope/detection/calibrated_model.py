@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.token_table import require
+from stethoscope.detection.array_classifiers import IsotonicSteps, PlattScaling
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.compiled_classifiers import Classifier, compile_classifier
 from stethoscope.detection.estimators import (
@@ -26,7 +27,6 @@ from stethoscope.detection.estimators import (
     restore_estimator,
     set_C,
 )
-from stethoscope.detection.inference import IsotonicSteps, PlattScaling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,13 +93,13 @@ class CalibratedModel:
     """A fitted classifier and the map from its scores to probabilities, both evaluated from plain arrays.
 
     Attributes:
-        model: classifier with ``decision_function``.
+        classifier: fitted, with ``decision_function``.
         calibrator: map from scores to probabilities; None for the classifier's own.
         held_out_scores: (rows,) scores that the calibration was fitted on, of rows that the classifier was not fitted
             on; None without calibration and after loading.
     """
 
-    model: Classifier | GroupedEstimator
+    classifier: Classifier | GroupedEstimator
     calibrator: PlattScaling | IsotonicSteps | None = None
     held_out_scores: np.ndarray | None = field(default=None, repr=False, compare=False)
 
@@ -127,24 +127,24 @@ class CalibratedModel:
         """
         check_labels(train.labels, "training")
         if isinstance(estimator, GroupedEstimator):
-            model: Classifier | GroupedEstimator = estimator.fit(train.matrix, train.labels, train.groups)
+            classifier: Classifier | GroupedEstimator = estimator.fit(train.matrix, train.labels, train.groups)
         else:
             if C is None:
                 estimator = choose_C(estimator, train.matrix, train.labels, train.groups)
             else:
                 estimator = set_C(estimator, C).fit(train.matrix, train.labels)
-            model = compile_classifier(estimator)
+            classifier = compile_classifier(estimator)
         if method == "none":
-            return cls(model)
+            return cls(classifier)
         if calibration is not None:
             check_labels(calibration.labels, "calibration")
-            scores, labels = model.decision_function(calibration.matrix), calibration.labels
+            scores, labels = classifier.decision_function(calibration.matrix), calibration.labels
         else:
             scores, labels = _out_of_fold_scores(estimator, train), train.labels
         if method == "isotonic":
             fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, labels)
-            return cls(model, IsotonicSteps(fitted.X_thresholds_, fitted.y_thresholds_), scores)
-        return cls(model, fit_platt(scores, labels), scores)
+            return cls(classifier, IsotonicSteps(fitted.X_thresholds_, fitted.y_thresholds_), scores)
+        return cls(classifier, fit_platt(scores, labels), scores)
 
     @classmethod
     def restore(cls, estimator: BaseEstimator, method: str, arrays: Arrays, columns: int) -> CalibratedModel:
@@ -160,25 +160,25 @@ class CalibratedModel:
             ArtefactError: an array is missing, not needed, has another shape or type, or holds
                 invalid numbers.
         """
-        model = restore_estimator(estimator, arrays.under("model"), columns)
+        classifier = restore_estimator(estimator, arrays.under("model"), columns)
         kinds: dict[str, type[PlattScaling] | type[IsotonicSteps]] = {"platt": PlattScaling, "isotonic": IsotonicSteps}
         calibrator = kinds[method].restore(arrays.under("calibrator")) if method in kinds else None
         arrays.finish()
-        return cls(model, calibrator)
+        return cls(classifier, calibrator)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the fitted state as arrays by name."""
         calibrator = {} if self.calibrator is None else self.calibrator.arrays()
-        return {**add_prefix("model", self.model.arrays()), **add_prefix("calibrator", calibrator)}
+        return {**add_prefix("model", self.classifier.arrays()), **add_prefix("calibrator", calibrator)}
 
     @property
     def C(self) -> float | None:
         """The inverse regularisation strength C that was given or chosen; None for boosting."""
-        return self.model.C_ if isinstance(self.model, GroupedEstimator) else self.model.C
+        return self.classifier.C_ if isinstance(self.classifier, GroupedEstimator) else self.classifier.C
 
     def scores(self, matrix: np.ndarray) -> np.ndarray:
         """Compute the log-odds before calibration, (rows,); they depend on the training images alone."""
-        return self.model.decision_function(matrix) if len(matrix) else np.zeros(0)
+        return self.classifier.decision_function(matrix) if len(matrix) else np.zeros(0)
 
     def calibrate(self, scores: np.ndarray) -> np.ndarray:
         """Map scores to probabilities, (rows,)."""

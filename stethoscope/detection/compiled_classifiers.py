@@ -1,6 +1,6 @@
 """Compile the classifiers that are chosen by their class: forests, boosted trees, kernel machines, and one's own.
 
-Linear classifiers and networks have the compiled forms of ``logistic`` and ``per_head`` (``inference``).
+Linear classifiers and networks have the compiled forms of ``logistic`` and ``per_head`` (``array_classifiers``).
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from stethoscope.core.errors import ArtefactError, ConfigError, first_line
-from stethoscope.detection.artifact import Arrays
-from stethoscope.detection.base import Estimator, check_probabilities, class_path
-from stethoscope.detection.inference import (
+from stethoscope.detection.array_classifiers import (
     CHUNK,
     C_array,
     LinearClassifier,
@@ -24,6 +22,8 @@ from stethoscope.detection.inference import (
     read_C,
     restore_C,
 )
+from stethoscope.detection.artifact import Arrays
+from stethoscope.detection.base import Estimator, check_probabilities, class_path
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator

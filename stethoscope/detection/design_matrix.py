@@ -397,7 +397,7 @@ class Design:
             mentions: rows of a token table.
             contents: also look which objects the pictures show.
         """
-        matrix, inner = self.matrix(mentions), model.model
+        matrix, inner = self.matrix(mentions), model.classifier
         while isinstance(inner, Stacked) and len(mentions):
             matrix, inner = inner.join_inputs(matrix), inner.classifier_
         scores = inner.decision_function(matrix) if len(mentions) else np.zeros(0)

@@ -17,13 +17,13 @@ from stethoscope.core.errors import ArtefactError, ConfigError, DataError, first
 from stethoscope.core.files import as_path
 from stethoscope.core.token_table import FeatureSchema, Repeats, Subtokens, check_table
 from stethoscope.detection import artifact
+from stethoscope.detection.array_classifiers import PlattScaling
 from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.design_matrix import Design, Inputs
 from stethoscope.detection.detector_settings import DetectorManifest, Selection, check_notes, check_settings
 from stethoscope.detection.estimator_classes import restored_classifier
 from stethoscope.detection.estimators import SharedFits, add_prefix
 from stethoscope.detection.evidence_prior import Explanation, explanation
-from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import mixture_line, recalibrate
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee
 from stethoscope.detection.shift import ShiftMonitor
@@ -380,7 +380,7 @@ class Detector:
         Raises:
             ArtefactError, DataError: as in ``predict``.
         """
-        model = self.model.model
+        model = self.model.classifier
         if not isinstance(model, VisualConsistency):
             return [()] * len(table)
         candidates = most_likely(model.log_probabilities(self.matrix(table)), self.inputs.objects, count)

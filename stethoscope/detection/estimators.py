@@ -17,6 +17,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 
+from stethoscope.detection.array_classifiers import MAX_LEAVES, MAX_LOG_ODDS, MAX_TREES, NEURONS
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.compiled_classifiers import Classifier, compile_classifier, restore_classifier
 from stethoscope.detection.estimator_classes import (
@@ -26,7 +27,6 @@ from stethoscope.detection.estimator_classes import (
     make_classifier,
     preparation,
 )
-from stethoscope.detection.inference import MAX_LEAVES, MAX_LOG_ODDS, MAX_TREES, NEURONS
 
 C_VALUES = (0.01, 0.1, 1.0, 10.0)
 PER_HEAD_C_VALUES = (0.01, 0.03, 0.1, 0.3)

@@ -28,6 +28,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from stethoscope.core.token_table import object_index, require
+from stethoscope.detection.array_classifiers import LinearClassifier
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.compiled_classifiers import compile_classifier
@@ -45,7 +46,6 @@ from stethoscope.detection.estimators import (
     restore_estimator,
     set_C,
 )
-from stethoscope.detection.inference import LinearClassifier
 
 EXTERNAL = ("token", "mention_index", "repeat_index", "object")
 """Key columns that the prior reads: position, mention number, earlier mentions of the object, the object."""
@@ -256,7 +256,7 @@ def explanation(
     """
     if not len(matrix):
         return Explanation(probability, np.zeros(0), np.zeros(0))
-    model, (slope, intercept) = fitted.model, fitted.line
+    model, (slope, intercept) = fitted.classifier, fitted.line
     while isinstance(model, Stacked):
         matrix, model = model.join_inputs(matrix), model.classifier_
     if isinstance(model, Factored):

@@ -29,13 +29,13 @@ from threadpoolctl import threadpool_limits
 
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.token_table import MentionSelection, feature_matrix, mention_rows
+from stethoscope.detection.array_classifiers import PlattScaling
 from stethoscope.detection.baselines import Predictor
 from stethoscope.detection.calibrated_model import CalibratedModel, check_labels, fit_platt
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.estimator_classes import preparation
 from stethoscope.detection.estimators import Perceptron
 from stethoscope.detection.evidence_prior import balance
-from stethoscope.detection.inference import PlattScaling
 from stethoscope.features.columns import feature_of
 
 KINDS = ("logistic", "boosting", "network", "layer_networks", "balanced_network")

@@ -21,9 +21,9 @@ from scipy.special import expit, logit
 from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 
+from stethoscope.detection.array_classifiers import PlattScaling
 from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.estimators import log_loss_of
-from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.warning_threshold import WarningThreshold, best_threshold
 
 SLOPE_SPREAD, INTERCEPT_SPREAD = 0.5, 1.5

@@ -20,6 +20,7 @@ import numpy as np
 
 from stethoscope.core.errors import ArtefactError, DataError, unknown
 from stethoscope.core.files import as_path, atomic_write, check_shape, read_bytes
+from stethoscope.detection.array_classifiers import TreeEnsemble
 from stethoscope.detection.artifact import Arrays, dump_arrays, load_arrays
 from stethoscope.detection.caption_objects import (
     CO_OCCURRENCE,
@@ -31,7 +32,6 @@ from stethoscope.detection.caption_objects import (
     ScenePrior,
     read_caption,
 )
-from stethoscope.detection.inference import TreeEnsemble
 from stethoscope.metrics.bootstrap import split_groups
 from stethoscope.tasks.object_extraction import OBJECTS
 

@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+from stethoscope.detection.array_classifiers import LinearClassifier
 from stethoscope.detection.artifact import Arrays
 from stethoscope.detection.compiled_classifiers import compile_classifier
 from stethoscope.detection.estimators import (
@@ -29,7 +30,6 @@ from stethoscope.detection.estimators import (
     make_once,
     restore_estimator,
 )
-from stethoscope.detection.inference import LinearClassifier
 
 FEATURE = "attended_embedding"
 """The feature whose columns are read here and nowhere else."""

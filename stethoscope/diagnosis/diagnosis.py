@@ -103,7 +103,7 @@ class Diagnosis:
         return dict(Counter(mention.outcome for mention in self.mentions if mention.outcome))
 
     @property
-    def probability(self) -> np.ndarray:
+    def token_probability(self) -> np.ndarray:
         """Compute the (T,) probabilities of the tokens under the model's own distribution, in [0, 1]."""
         return np.exp(np.array(self.answer.logprobs))
 
@@ -330,7 +330,7 @@ class Diagnosis:
             "id": self.answer.token_ids[index],
             "start": start,
             "end": end,
-            "probability": round(float(self.probability[index]), 6),
+            "probability": round(float(self.token_probability[index]), 6),
             "entropy": round(float(self.entropy[index]), 6),
         }
         if warning is not None:
@@ -364,7 +364,7 @@ class Diagnosis:
             "token_id": self.answer.token_ids,
             "start": [start for start, _ in self.answer.offsets],
             "end": [end for _, end in self.answer.offsets],
-            "probability": self.probability,
+            "probability": self.token_probability,
             "entropy": self.entropy,
             "object": [mention.object if mention else "" for mention in mentions],
         }

@@ -137,7 +137,7 @@ def text_payload(diagnosis: Diagnosis) -> dict[str, Any]:
             {
                 "span": [start, end],
                 "text": diagnosis.answer.tokens[index],
-                "probability": round(float(diagnosis.probability[index]), 4),
+                "probability": round(float(diagnosis.token_probability[index]), 4),
                 "entropy": round(float(diagnosis.entropy[index]), 3),
                 "mention": mention_by_token.get(index),
             }
@@ -174,7 +174,7 @@ def describe_reply(diagnosis: Diagnosis) -> str:
         return "The answer names no object, so there is nothing to warn of."
     why = f"The answer is {word} and names no object itself, so the detector, which judges named objects, says nothing."
     index = next(index for index, token in enumerate(diagnosis.answer.tokens) if word in token.lower())
-    shares = {word: float(diagnosis.probability[index])}
+    shares = {word: float(diagnosis.token_probability[index])}
     if diagnosis.evolution is not None:
         top = zip(diagnosis.evolution.top_tokens[index][-1], diagnosis.evolution.probabilities[index, -1], strict=True)
         by_word = [(text.strip().lower(), float(probability)) for text, probability in top]
@@ -360,7 +360,7 @@ def figure(diagnosis: Diagnosis, token: int, layer: int = -1, raw: bool | None =
     image.imshow(colours(strength), alpha=OPACITY * strength)
     image.set_axis_off()
     word = diagnosis.answer.tokens[token].strip()
-    title = f"{word!r}, probability {percent(diagnosis.probability[token])}"
+    title = f"{word!r}, probability {percent(diagnosis.token_probability[token])}"
     mention = diagnosis.mention_of(token)
     if mention is not None:
         title += _verdict_text(diagnosis, mention)

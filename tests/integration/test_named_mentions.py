@@ -14,10 +14,10 @@ from stethoscope.app.model_pool import ModelPool
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.token_table import IMAGE_TOKENS, FeatureSchema, unpack_vectors
 from stethoscope.core.types import Generation
+from stethoscope.detection.array_classifiers import LinearClassifier, Preprocessing
 from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.design_matrix import Design, Inputs
 from stethoscope.detection.image_probe import ImageProbe
-from stethoscope.detection.inference import LinearClassifier, Preprocessing
 from stethoscope.diagnosis.answer_verdicts import AnswerFeatures, ReadAnswer, extract_mentions, token_rows
 from stethoscope.features import FeatureSet
 from stethoscope.features.relevancy import image_tokens

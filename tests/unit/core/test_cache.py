@@ -30,9 +30,9 @@ def test_threads_may_share_it():
 def test_a_copy_begins_empty_with_a_lock_of_its_own():
     cache = LRUCache(3, len)
     cache.put("a", "aaa")
-    for made in (copy.copy(cache), copy.deepcopy({"cache": cache})["cache"], pickle.loads(pickle.dumps(cache))):
-        assert (made.limit, made.used, len(made.values)) == (3, 0, 0)
-        made.put("b", "bb")
-        made.put("c", "cc")
-        assert (list(made.values), list(cache.values)) == (["c"], ["a"])
+    for copied in (copy.copy(cache), copy.deepcopy({"cache": cache})["cache"], pickle.loads(pickle.dumps(cache))):
+        assert (copied.limit, copied.used, len(copied.values)) == (3, 0, 0)
+        copied.put("b", "bb")
+        copied.put("c", "cc")
+        assert (list(copied.values), list(cache.values)) == (["c"], ["a"])
     assert pickle.loads(pickle.dumps(LRUCache(2))).put("a", 7) == 7

@@ -231,7 +231,7 @@ def test_what_would_not_be_read_back_is_not_saved(saved, tmp_path, monkeypatch):
     detector = Detector.load(saved / "logistic")
     detector.save(tmp_path / "d")
     before = {path.name: path.read_bytes() for path in (tmp_path / "d").iterdir()}
-    detector.model.model.weights[0] = np.inf
+    detector.model.classifier.weights[0] = np.inf
     with pytest.raises(ArtefactError, match=r"'model\.weights' holds numbers that are not finite"):
         detector.save(tmp_path / "d")
     assert {path.name: path.read_bytes() for path in (tmp_path / "d").iterdir()} == before

@@ -190,12 +190,12 @@ def test_fits_in_common_are_made_once_and_change_nothing():
         assert np.array_equal(detector.predict(test), alone.predict(test))
     probes = [detector.design.image_probe for detector in (first, second, third)]
     assert probes[0] is probes[1] is probes[2] is not None
-    looks, others = first.model.model, second.model.model
+    looks, others = first.model.classifier, second.model.classifier
     assert looks.grounding_ is others.grounding_
-    assert looks.classifier_.probe_ is others.classifier_.probe_ is third.model.model.probe_
+    assert looks.classifier_.probe_ is others.classifier_.probe_ is third.model.classifier.probe_
     fifth = Detector(C=0.1, features=sets[2], seed=5).sharing(shared).fit(train, calibration)
     assert fifth.design.image_probe is not probes[0]
-    assert fifth.model.model.probe_ is not third.model.model.probe_
+    assert fifth.model.classifier.probe_ is not third.model.classifier.probe_
 
 
 def test_pictures_are_looked_at_once_as_long_as_their_texts_fit(seeing, monkeypatch):
@@ -209,9 +209,9 @@ def test_pictures_are_looked_at_once_as_long_as_their_texts_fit(seeing, monkeypa
         odds = probe._odds([texts[index] for index in read])
         assert np.array_equal(odds, transform(own, [unpack_vectors(texts[index]) for index in read]))
         assert len(looked_at) == count
-    for made in (copy.deepcopy(seeing), pickle.loads(pickle.dumps(seeing))):
-        assert not made.design.image_probe.known_odds.values
-        assert np.array_equal(made.predict(TEST), seeing.predict(TEST))
+    for copied in (copy.deepcopy(seeing), pickle.loads(pickle.dumps(seeing))):
+        assert not copied.design.image_probe.known_odds.values
+        assert np.array_equal(copied.predict(TEST), seeing.predict(TEST))
 
 
 def test_only_equal_fits_are_shared():

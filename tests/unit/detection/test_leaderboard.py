@@ -12,12 +12,12 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection import leaderboard as board
+from stethoscope.detection.array_classifiers import MAX_TREES
 from stethoscope.detection.baselines import Constant, PositionOnly, TextPrior, baselines
 from stethoscope.detection.calibrated_model import CalibratedModel
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.detector_results import Leaderboard
 from stethoscope.detection.estimators import DRAFT_TREES
-from stethoscope.detection.inference import MAX_TREES
 from stethoscope.detection.leaderboard import AREAS, METRICS, build_leaderboard
 from stethoscope.detection.training import ablate, feature_groups, train_detector
 from stethoscope.metrics import classification

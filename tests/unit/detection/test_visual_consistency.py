@@ -71,8 +71,8 @@ def test_mentions_without_a_label_say_nothing_of_places():
     settings = {"exclude": ["verify_odds"], "C": 0.1}
     mixed = Detector(**settings).fit(table.assign(label=np.where(known, table["label"], -1)))
     alone = Detector(**settings).fit(table[known])
-    for name, array in mixed.model.model.grounding_.arrays().items():
-        assert np.array_equal(array, alone.model.model.grounding_.arrays()[name]), name
+    for name, array in mixed.model.classifier.grounding_.arrays().items():
+        assert np.array_equal(array, alone.model.classifier.grounding_.arrays()[name]), name
 
 
 def test_what_it_learns_from_was_made_without_the_image():

@@ -66,7 +66,7 @@ def test_the_answer_is_the_models_own_and_every_token_is_told(adapter, scene, pl
     assert plain.answer == answer
     logits = adapter.trace(encoded, answer, ()).logits.double()
     assert np.allclose(
-        plain.probability, logits.softmax(-1).gather(-1, torch.tensor([answer.token_ids]).T)[:, 0], atol=1e-4
+        plain.token_probability, logits.softmax(-1).gather(-1, torch.tensor([answer.token_ids]).T)[:, 0], atol=1e-4
     )
     assert np.allclose(plain.entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4)
     assert plain.question_tokens[0] == "Please"
@@ -90,7 +90,7 @@ def test_evolution_agrees_with_the_trace_and_ends_in_the_answer(adapter, scene, 
     assert np.allclose(evolution.logprob, trace.lens_logprob, atol=1e-4)
     assert (evolution.rank == trace.lens_rank.numpy()).all()
     assert (evolution.rank[:, -1] == 0).all()  # greedy
-    assert np.allclose(evolution.probabilities[:, -1, 0], plain.probability, atol=1e-4)
+    assert np.allclose(evolution.probabilities[:, -1, 0], plain.token_probability, atol=1e-4)
     assert tuple(texts[-1][0] for texts in evolution.top_tokens) == evolution.answer_tokens
     assert (np.diff(evolution.probabilities, axis=-1) <= 0).all()
 
@@ -330,7 +330,7 @@ def test_an_answer_that_names_nothing_is_explained(adapter, scene):
     word = diagnosis.answer.text.strip(" .").lower()
     reply = describe_reply(diagnosis)
     assert f"The answer is {word} and names no object itself" in reply
-    assert f"{word} {percent(diagnosis.probability[0])}" in reply
+    assert f"{word} {percent(diagnosis.token_probability[0])}" in reply
     assert "names no object, so" in describe_reply(diagnose(adapter, scene, QUESTION, answer="A quiet room."))
 
 
