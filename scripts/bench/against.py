@@ -69,6 +69,8 @@ def _rows() -> list[Row]:
     nothing = lambda t: t["relevancy"] / t["forward"]  # noqa: E731
     rows: list[Row] = [
         ("beside", "relevancy beside generation, forwards", beside, "1.5", lambda _, now: now <= 1.5),
+        ("beside", "generation and trace of 64 tokens, s", itemgetter("plain"), "", None),
+        ("beside", "the same with relevancy, s", itemgetter("with"), "", None),
         ("relevancy", "relevancy from nothing, forwards", nothing, "2.5", lambda _, now: now <= 2.5),
         ("image", "2,916 image tokens, forwards", nothing, "4", lambda _, now: now <= 4),
     ]
