@@ -112,7 +112,7 @@ class Feature:
         function = self.function.args[0] if isinstance(self.function, partial) else self.function
         return str(getattr(function, "__module__", ""))
 
-    @property
+    @cached_property
     def plugin(self) -> str:
         """Module of a plug-in that defines the function; empty for features of this package."""
         return "" if self.module.partition(".")[0] == "stethoscope" else self.module
@@ -353,11 +353,8 @@ class FeatureSet:
         for trace in traces:
             trace.cache.clear()
         values = [by_name[name] for name in self.names]
-        names = tuple(
-            name
-            for item, part in zip(self.features, values, strict=True)
-            for name in column_names(item.name, item.vector, part.shape[1:])
-        )
+        shapes = [(item.name, item.vector, part.shape[1:]) for item, part in zip(self.features, values, strict=True)]
+        names = _all_column_names(tuple(shapes))
         rows = [part.reshape(len(part), math.prod(part.shape[1:])).T for part in values]
         matrix = np.concatenate(rows)
         if not np.isfinite(matrix).all():
@@ -402,6 +399,12 @@ class TokenColumns(Mapping[str, np.ndarray]):
 @lru_cache(maxsize=16)
 def _index_by_name(names: tuple[str, ...]) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
+
+
+@lru_cache(maxsize=16)  # there may be a thousand, the same for every answer
+def _all_column_names(features: tuple[tuple[str, bool, tuple[int, ...]], ...]) -> tuple[str, ...]:
+    """Name the columns of several features, given as the arguments of ``column_names``."""
+    return tuple(name for arguments in features for name in column_names(*arguments))
 
 
 @lru_cache(maxsize=1024)
