@@ -393,10 +393,10 @@ class AnswerGenerator:
             prefixes: of the prompts, from which ``generate`` goes on; None to read whole prompts.
         """
         decoder_only = self._decoder_start is None
-        if prefixes is not None:
-            inputs = self._forward.generate_from_prefixes(encoded, prefixes, _room(generation))
-        else:
+        if prefixes is None:
             inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
+        else:
+            inputs = self._forward.generate_from_prefixes(encoded, prefixes, _room(generation))
         stops, start = self._tokens.all_stops(generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
         method = generation.mitigation
         if method is not None and method.writes:

@@ -41,8 +41,6 @@ def _single_features(
     train_matrix, test_matrix = feature_matrix(train, names), feature_matrix(test, names)
     scores, signs, areas_by_name = {}, {}, {}
     for name, train_values, test_values in zip(names, train_matrix.T, test_matrix.T, strict=True):
-        if np.isnan(train_values).all():
-            continue
         median = np.nanmedian(train_values)
         train_values = np.nan_to_num(train_values, nan=median)
         by_metric = {"auroc": classification.auroc(mentions.labels, train_values), **mentions.areas(train_values)}
@@ -140,7 +138,8 @@ def build_leaderboard(
         )
     methods = available_methods(parts["train"]) if published else []
     single = _single_columns(table)
-    entries, best = _entries(single, detectors, parts)
+    skipped, constant = _uninformative(parts["train"], single)
+    entries, best = _entries([name for name in single if name not in skipped], detectors, parts)
     for method in methods:
         result = score_published(method, parts, selection, seed)
         entries.append(
@@ -187,7 +186,8 @@ def build_leaderboard(
         differences,
         best,
         controls,
-        *_uninformative(parts["train"], single),
+        skipped,
+        constant,
         best_published=best_published,
         left_out=left_out(methods) if published else (),
     )

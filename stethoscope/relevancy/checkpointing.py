@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.linalg import vecdot, vector_norm
-from torch.nn.functional import rms_norm
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.tracing.model_parts import modules_of, outer_layers, route_layers, sites
+from stethoscope.tracing.model_parts import modules_of, outer_layers, rms_epsilon, route_layers, sites
 
 Module = Callable[[Tensor], Tensor]
 """Forward function of a module."""
@@ -68,9 +67,9 @@ class SparseGraphs:
 
     def _run_norm(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         norm, states = getattr(function, "__self__", None), arguments[0] if arguments else None
-        if norm is None or not isinstance(states, Tensor) or not _is_rms_norm(norm, function, states):
+        if norm is None or not isinstance(states, Tensor) or (epsilon := _epsilon(norm, function, states)) is None:
             return self._noted(function, function, arguments, options)
-        run = partial(_RmsNorm.apply, function, norm.weight, _epsilon(norm))
+        run = partial(_RmsNorm.apply, function, norm.weight, epsilon)
         return self._noted(function, run, arguments, options)
 
     def _run_elementwise(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -149,24 +148,15 @@ def _is_norm(module: nn.Module) -> bool:
     return all(part is None or part.dim() == 1 for part in module._parameters.values())
 
 
-_rms_norms: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_epsilons: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 
 
-def _is_rms_norm(norm: nn.Module, forward: Module, states: Tensor) -> bool:
-    """Tell whether a norm gives what torch's RMS norm does, by the first of some states (B, n, D); once for each."""
-    if norm not in _rms_norms:
-        weight, epsilon = getattr(norm, "weight", None), _epsilon(norm)
-        _rms_norms[norm] = False
-        if isinstance(weight, Tensor) and isinstance(epsilon, float) and len(norm._parameters) == 1:
-            few = states.detach()[:1, :_CHECKED]
-            usual = rms_norm(few, weight.shape, weight, epsilon)
-            near = 8 * torch.finfo(few.dtype).eps
-            _rms_norms[norm] = torch.allclose(usual, forward(few), rtol=near, atol=near)
-    return _rms_norms[norm]
-
-
-def _epsilon(norm: nn.Module) -> float | None:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+def _epsilon(norm: nn.Module, forward: Module, states: Tensor) -> float | None:
+    """Return the epsilon of an RMS norm, see ``rms_epsilon``, by the first of some states (B, n, D); once for each."""
+    if norm not in _epsilons:
+        few = states.detach()[:1, :_CHECKED]
+        _epsilons[norm] = rms_epsilon(norm, forward, few, 8 * torch.finfo(few.dtype).eps)
+    return _epsilons[norm]
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -114,9 +114,12 @@ def empty_cache(key_bytes: int, room: int = ROOM) -> DynamicCache:
     return GrowingCache(room=room) if key_bytes > _SMALL else DynamicCache()
 
 
-def cache_for(model: PreTrainedModel, ids: Tensor, room: int = ROOM) -> DynamicCache | None:
-    """Return an empty cache for answers to prompts, whose ids are (B, n); None where the model needs one of its own."""
-    if not keeps_all_tokens(model):
-        return None
+def cache_for(model: PreTrainedModel, ids: Tensor, room: int = ROOM) -> GrowingCache | None:
+    """Return an empty cache for answers to prompts, whose ids are (B, n); None where that of transformers is as good.
+
+    It is where it is as fast, or where the model needs one of another kind.
+    """
     width = model.config.get_text_config().hidden_size  # of keys, or more
-    return empty_cache(ids.numel() * width * model.dtype.itemsize, room)
+    if ids.numel() * width * model.dtype.itemsize <= _SMALL or not keeps_all_tokens(model):
+        return None
+    return GrowingCache(room=room)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError
-from stethoscope.tracing.model_parts import sites
+from stethoscope.tracing.model_parts import rms_epsilon, sites
 from stethoscope.tracing.trace import hidden_layers
 
 _NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
@@ -207,11 +208,11 @@ def layer_count(model: PreTrainedModel) -> int:
 
 def _one_call(norm: nn.Module, states: Tensor) -> Callable[[Tensor], Tensor]:
     """Return torch's own RMS norm if it equals the model's norm on these states, else the module itself."""
-    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or weight.device != states.device or not isinstance(epsilon, float):
+    epsilon = rms_epsilon(norm, norm, states, 1e-5)
+    if epsilon is None:
         return norm
-    usual = partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
-    return usual if torch.allclose(usual(states), norm(states), rtol=1e-5, atol=1e-5) else norm
+    weight = cast("Tensor", norm.weight)
+    return partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
 
 
 _lenses: WeakKeyDictionary[PreTrainedModel, Lens] = WeakKeyDictionary()

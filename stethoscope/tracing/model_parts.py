@@ -11,7 +11,9 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -213,3 +215,22 @@ def capture_inputs(model: nn.Module, role: str, every: bool = False) -> Iterator
     finally:
         for handle in handles.values():
             handle.remove()
+
+
+def rms_epsilon(norm: nn.Module, forward: Callable[[Tensor], Tensor], states: Tensor, tolerance: float) -> float | None:
+    """Return the epsilon of a norm that gives what torch's own RMS norm gives; None for any other.
+
+    Args:
+        norm: the module.
+        forward: its forward function.
+        states: (..., D), on which the two are compared.
+        tolerance: absolute and relative difference that is allowed.
+    """
+    weight = getattr(norm, "weight", None)
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not (isinstance(weight, Tensor) and isinstance(epsilon, float) and len(norm._parameters) == 1):
+        return None
+    if weight.device != states.device:
+        return None
+    usual = rms_norm(states, weight.shape, weight, epsilon)
+    return epsilon if torch.allclose(usual, forward(states), rtol=tolerance, atol=tolerance) else None
